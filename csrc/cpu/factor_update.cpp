@@ -1,0 +1,269 @@
+// C <- decay C + scale X^T X for many blocks. X is packed a few hundred rows at a time into panels that stay in the
+// cache, S = X^T X gathers in the workspace, and one last pass over the block folds S into C, mirrors it and takes the
+// trace and the finite flag. Limit: multiply-adds for n >= 64 or so, reading X below.
+#include "kernels.h"
+#include "pack.h"
+#include "shifted_gram.h"
+#include "support.h"
+#include "symmetric_update.h"
+#include "transpose.h"
+
+namespace kfac_fast::cpu::KFAC_FAST_ISA {
+namespace {
+
+// Long thin X are cut into segments of rows with sums of their own: work for several threads, and shorter sums. The
+// cut depends on the shape alone, so that results do not depend on the number of threads.
+constexpr int64_t kSegmentRows = 2048;
+constexpr int64_t kMaxSegments = 8;
+constexpr int64_t kMaxSegmentedSize = 192;
+
+// A block of this many multiply-adds is worth the attention of all threads (about half a millisecond of one).
+constexpr int64_t kTeamWork = int64_t{1} << 25;
+
+constexpr int64_t kFoldRows = 32;
+
+struct Shape {
+  int64_t m, n;
+  bool shifted;  // a convolution that needs no patches (shifted_gram.h)
+
+  int64_t segments() const {
+    return n <= kMaxSegmentedSize && !shifted ? max(1, min(m / kSegmentRows, kMaxSegments)) : 1;
+  }
+  int64_t segment_rows() const { return ceil_div(m, segments()); }
+  bool for_team(int threads) const { return threads > 1 && m * n * n >= kTeamWork; }
+};
+
+// Rows packed at a time: a panel of this depth and a tile's rows fit the first-level cache.
+template <typename T>
+constexpr int64_t kChunkRows = sizeof(T) == 4 ? 128 : 96;
+
+template <typename T>
+struct Scratch {
+  T* sum = nullptr;           // [segments or 1] padded [n, n]
+  T* partial = nullptr;       // padded [n, n], one segment's sum before it joins the total
+  T* panels = nullptr;        // [panels, kChunkRows, kPanel]
+  T* root_weights = nullptr;  // [kChunkRows]
+  ShiftedScratch<T> shifted;
+  T* cells = nullptr;  // of shifted_gram.h
+};
+
+Shape shape_of(const FactorUpdate& op, int block) {
+  const Rows& rows = op.rows[block];
+  return {rows.m, op.plan.size(block), shifted_gram_applies(rows)};
+}
+
+// Square roots of the weights of rows [first, first + depth), or null when there are none.
+template <typename T>
+const T* root_weights(const Rows& rows, int64_t first, int64_t depth, T* out) {
+  if (rows.weights == nullptr) return nullptr;
+  const T* weights = static_cast<const T*>(rows.weights) + first;
+  for (int64_t k = 0; k < depth; ++k) out[k] = square_root(weights[k]);
+  return out;
+}
+
+// sum <- X^T X over rows [begin, end), by one thread.
+template <typename T>
+void gram(const Rows& rows, int64_t begin, int64_t end, Padded<T> shape, const Scratch<T>& scratch, T* sum) {
+  for (int64_t first = begin; first < end || first == begin; first += kChunkRows<T>) {
+    const int64_t depth = min(kChunkRows<T>, end - first);
+    const T* weights = root_weights(rows, first, depth, scratch.root_weights);
+    for (int64_t p = 0; p < shape.panels(); ++p) {
+      pack_rows(rows, first, depth, p, weights, scratch.panels + p * depth * kPanel<T>);
+    }
+    if (first == begin) {
+      symmetric_update<T, Store::assign>(depth, scratch.panels, sum, shape);
+    } else {
+      symmetric_update<T, Store::add>(depth, scratch.panels, sum, shape);
+    }
+  }
+}
+
+// The same by all threads: panels are packed, then tiles updated, side by side.
+template <typename T>
+void gram_by_team(const Rows& rows, int threads, Padded<T> shape, const Scratch<T>& scratch, T* sum) {
+  for (int64_t first = 0; first < rows.m; first += kChunkRows<T>) {
+    const int64_t depth = min(kChunkRows<T>, rows.m - first);
+    const T* weights = root_weights(rows, first, depth, scratch.root_weights);
+    parallel_for(threads, shape.panels(), [&](int64_t p, int) {
+      pack_rows(rows, first, depth, p, weights, scratch.panels + p * depth * kPanel<T>);
+    });
+    parallel_for(threads, symmetric_strips<T>(shape.n), [&](int64_t strip, int) {
+      if (first == 0) {
+        symmetric_update_strip<T, Store::assign>(strip, depth, scratch.panels, sum, shape);
+      } else {
+        symmetric_update_strip<T, Store::add>(strip, depth, scratch.panels, sum, shape);
+      }
+    });
+  }
+}
+
+// Rows [begin, end) of C <- decay C + scale S, mirrored. Returns whether S has a NaN or an infinity in these rows.
+template <typename T>
+bool fold(T* c, int64_t n, const T* sum, int64_t ld, int64_t begin, int64_t end, T decay, T scale) {
+  Vec<T> poison = {};  // s - s is 0, or NaN for every non-finite s
+  for (int64_t i = begin; i < end; ++i) {
+    const T* s = sum + i * ld;
+    T* row = c + i * n;
+    // The last vector may reach past the diagonal, where tiles hold entries of X^T X again, or zeros past column n.
+    for (int64_t j = 0; j <= i; j += kLanes<T>) poison += load(s + j) - load(s + j);
+    if (decay == T(0)) {  // as in BLAS, nothing of the old C survives, NaNs included
+      for (int64_t j = 0; j <= i; ++j) row[j] = scale * s[j];
+    } else {
+      for (int64_t j = 0; j <= i; ++j) row[j] = decay * row[j] + scale * s[j];
+    }
+  }
+  mirror_rows(c, n, begin, end);
+  bool finite = true;
+  for (int lane = 0; lane < kLanes<T>; ++lane) finite &= poison[lane] == T(0);
+  return !finite;
+}
+
+template <typename T>
+void finish(const FactorUpdate& op, int block, const T* sum, int threads) {
+  const int64_t n = op.plan.size(block);
+  T* c = static_cast<T*>(op.factors) + op.plan.offset(block);
+  const T decay = static_cast<const T*>(op.decay)[block];
+  const T scale = static_cast<const T*>(op.scale)[block];
+  op.nonfinite[block] = 0;
+  parallel_for(threads, ceil_div(n, kFoldRows), [&](int64_t strip, int) {
+    const int64_t begin = strip * kFoldRows;
+    if (fold(c, n, sum, Padded<T>{n}.ld(), begin, min(begin + kFoldRows, n), decay, scale)) {
+      __atomic_store_n(&op.nonfinite[block], 1, __ATOMIC_RELAXED);
+    }
+  });
+  T trace = T(0);
+  for (int64_t i = 0; i < n; ++i) trace += c[i * n + i];
+  static_cast<T*>(op.trace)[block] = trace;
+}
+
+template <typename T>
+void add_to(T* total, const T* part, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+}
+
+template <typename T>
+void update_block(const FactorUpdate& op, int block, const Scratch<T>& scratch) {
+  const Rows& rows = op.rows[block];
+  const Shape shape = shape_of(op, block);
+  const Padded<T> padded{shape.n};
+  if (shape.shifted) {
+    shifted_gram(rows, 1, scratch.shifted, [&](int) { return scratch.cells; }, scratch.sum, padded);
+    return finish(op, block, scratch.sum, 1);
+  }
+  const int64_t step = shape.segment_rows();
+  gram(rows, 0, min(step, shape.m), padded, scratch, scratch.sum);
+  for (int64_t segment = 1; segment < shape.segments(); ++segment) {
+    gram(rows, segment * step, min((segment + 1) * step, shape.m), padded, scratch, scratch.partial);
+    add_to(scratch.sum, scratch.partial, padded.numel());
+  }
+  finish(op, block, scratch.sum, 1);
+}
+
+template <typename T>
+void update_block_by_team(const FactorUpdate& op, int block, int threads, const Scratch<T>* scratch) {
+  const Rows& rows = op.rows[block];
+  const Shape shape = shape_of(op, block);
+  const Padded<T> padded{shape.n};
+  T* sum = scratch[0].sum;
+  if (shape.shifted) {
+    shifted_gram(rows, threads, scratch[0].shifted, [&](int thread) { return scratch[thread].cells; }, sum, padded);
+  } else if (shape.segments() == 1) {
+    gram_by_team(rows, threads, padded, scratch[0], sum);
+  } else {
+    const int64_t step = shape.segment_rows();
+    parallel_for(threads, shape.segments(), [&](int64_t segment, int thread) {
+      gram(rows, segment * step, min((segment + 1) * step, shape.m), padded, scratch[thread],
+           sum + segment * padded.numel());
+    });
+    for (int64_t segment = 1; segment < shape.segments(); ++segment) {
+      add_to(sum, sum + segment * padded.numel(), padded.numel());
+    }
+  }
+  finish(op, block, sum, threads);
+}
+
+// Lays out the scratch of every thread (only counting when `scratch` is null). A team shares thread 0's arrays, but
+// for those that every thread fills on its own: panels of segments, and cells.
+template <typename T>
+void lay_out(const FactorUpdate& op, int threads, Arena& arena, Scratch<T>* scratch) {
+  struct Sizes {
+    int64_t sum = 0, panels = 0, packed = 0, blocks = 0;
+
+    void include(int64_t sum_, int64_t panels_, int64_t packed_, int64_t blocks_) {
+      sum = max(sum, sum_), panels = max(panels, panels_);
+      packed = max(packed, packed_), blocks = max(blocks, blocks_);
+    }
+  };
+  Sizes own, first;
+  int64_t partial = 0, cells = 0;
+  for (int block = 0; block < op.plan.count(); ++block) {
+    const Shape shape = shape_of(op, block);
+    const bool team = shape.for_team(threads);
+    Sizes& sizes = team ? first : own;
+    const Padded<T> padded{shape.n};
+    if (shape.shifted) {
+      const ShiftedGram<T> gram{*op.rows[block].conv, op.rows[block].bias};
+      sizes.include(padded.numel(), 0, gram.packed_numel(), gram.blocks_numel());
+      cells = max(cells, gram.cells_numel());
+      continue;
+    }
+    const int64_t panels = padded.panels() * kPanel<T> * kChunkRows<T>;
+    sizes.include(padded.numel() * (team ? shape.segments() : 1), panels, 0, 0);
+    if (shape.segments() == 1) continue;
+    own.include(0, panels, 0, 0);
+    if (!team) partial = max(partial, padded.numel());
+  }
+  first.include(own.sum, own.panels, own.packed, own.blocks);
+  for (int thread = 0; thread < threads; ++thread) {
+    const Sizes& sizes = thread == 0 ? first : own;
+    Scratch<T> mine;
+    mine.sum = arena.take<T>(sizes.sum);
+    mine.partial = arena.take<T>(partial);
+    mine.panels = arena.take<T>(sizes.panels);
+    mine.root_weights = arena.take<T>(kChunkRows<T>);
+    mine.shifted.packed = arena.take<T>(sizes.packed);
+    mine.shifted.blocks = arena.take<T>(sizes.blocks);
+    mine.cells = arena.take<T>(cells);
+    if (scratch != nullptr) scratch[thread] = mine;
+  }
+}
+
+template <typename T>
+void run(const FactorUpdate& op, const Context& ctx) {
+  const int threads = usable_threads(ctx.threads);
+  Arena arena(ctx.workspace);
+  auto* scratch = arena.take<Scratch<T>>(threads);
+  lay_out(op, threads, arena, scratch);
+
+  const int32_t* order = op.plan.by_decreasing_size().data();
+  for (int task = 0; task < op.plan.count(); ++task) {
+    const int block = order[task];
+    if (shape_of(op, block).for_team(threads)) update_block_by_team(op, block, threads, scratch);
+  }
+  parallel_for(threads, op.plan.count(), [&](int64_t task, int thread) {
+    const int block = order[task];
+    if (!shape_of(op, block).for_team(threads)) update_block(op, block, scratch[thread]);
+  });
+}
+
+template <typename T>
+size_t bytes_for(const FactorUpdate& op, int threads) {
+  Arena arena(nullptr);
+  arena.take<Scratch<T>>(threads);
+  lay_out<T>(op, threads, arena, nullptr);
+  return arena.used();
+}
+
+}  // namespace
+
+WorkspaceSize factor_update_workspace(const FactorUpdate& op, const Context& ctx) {
+  return workspace_for(op.dtype, ctx.threads,
+                       [&](auto element, int threads) { return bytes_for<decltype(element)>(op, threads); });
+}
+
+const char* factor_update(const FactorUpdate& op, const Context& ctx) {
+  with_factor_type(op.dtype, [&](auto element) { run<decltype(element)>(op, ctx); });
+  return nullptr;
+}
+
+}  // namespace kfac_fast::cpu::KFAC_FAST_ISA

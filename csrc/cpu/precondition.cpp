@@ -1,0 +1,213 @@
+// U = G^-1 V A^-1 of many layers, as T^T = V^T G^-1 and U = T A^-1. In this form, and because the inverses are
+// symmetric, every operand is packed by copying rows and the first product comes out packed for the second one.
+// Limit: multiply-adds, and packing A^-1 and G^-1 for layers of few rows or columns.
+#include "kernels.h"
+#include "pack.h"
+#include "support.h"
+#include "symmetric_update.h"
+
+namespace kfac_fast::cpu::KFAC_FAST_ISA {
+namespace {
+
+// A layer of this many multiply-adds is worth the attention of all threads.
+constexpr int64_t kTeamWork = int64_t{1} << 25;
+
+// Depth of the products done at a time: two panels of it and a tile's sums stay in the second-level cache.
+constexpr int64_t kDepth = 384;
+
+struct Shape {
+  int64_t m, n;  // of V, with the bias column
+
+  bool for_team(int threads) const { return threads > 1 && m * n * (m + n) >= kTeamWork; }
+};
+
+Shape shape_of(const Precondition& op, int layer) { return {op.g_plan.size(layer), op.a_plan.size(layer)}; }
+
+template <typename T>
+int64_t panels(int64_t columns) {
+  return ceil_div(columns, kPanel<T>);
+}
+
+// All operands in panels [panels of columns, depth, kPanel]. V is kept until the end: U may overwrite the gradient.
+template <typename T>
+struct Scratch {
+  T* v = nullptr;          // [m, n]
+  T* g_inverse = nullptr;  // [m, m]
+  T* a_inverse = nullptr;  // [n, n]
+  T* product = nullptr;    // [n, m] T^T
+  T* dots = nullptr;       // [panels(m), panels(n)] <V, U> of each output tile
+
+  static Scratch take(Arena& arena, int64_t m, int64_t n) {
+    Scratch scratch;
+    scratch.v = arena.take<T>(m * panels<T>(n) * kPanel<T>);
+    scratch.g_inverse = arena.take<T>(m * panels<T>(m) * kPanel<T>);
+    scratch.a_inverse = arena.take<T>(n * panels<T>(n) * kPanel<T>);
+    scratch.product = arena.take<T>(round_up(n, kPanel<T>) * panels<T>(m) * kPanel<T>);
+    scratch.dots = arena.take<T>(panels<T>(m) * panels<T>(n));
+    return scratch;
+  }
+};
+
+// out <- a^T b on one tile of up to kPanel rows and as many columns as `vectors` hold.
+template <typename T>
+void multiply_panels(int64_t depth, int64_t rows, int vectors, const T* a, const T* b,  // [depth, kPanel]
+                     T* out, int64_t ld) {                                              // [kPanel, kPanel]
+  for (int64_t k = 0; k < depth || k == 0; k += kDepth) {
+    for (int64_t r = 0; r < rows; r += kTileRows<T>) {
+      const T* a_tile = a + k * kPanel<T> + r;
+      const T* b_tile = b + k * kPanel<T>;
+      if (k == 0) {
+        update_tile<T, Store::assign>(vectors, min(kDepth, depth), a_tile, b_tile, out + r * ld, ld);
+      } else {
+        update_tile<T, Store::add>(vectors, min(kDepth, depth - k), a_tile, b_tile, out + r * ld, ld);
+      }
+    }
+  }
+}
+
+// Vectors that the columns of panel `index` fill.
+template <typename T>
+int vectors_of(int64_t columns, int64_t index) {
+  return static_cast<int>(ceil_div(min(kPanel<T>, columns - index * kPanel<T>), kLanes<T>));
+}
+
+// Panel `index` of V: columns of the weight's gradient, then perhaps the bias' gradient.
+template <typename T>
+void pack_gradient(const Matrix& v, int64_t m, int64_t n, int64_t index, T* panel) {  // [m, kPanel]
+  const int64_t begin = index * kPanel<T>;
+  const int64_t bias = n - 1 - begin;
+  const int64_t columns = max(0, min(kPanel<T>, n - (v.bias != nullptr) - begin));
+  with_element(v.dtype, [&](auto element) {
+    using Source = decltype(element);
+    pack_strided<T>(static_cast<const Source*>(v.data) + begin * v.col_stride, v.row_stride, v.col_stride, m, columns,
+                    panel);
+    if (v.bias == nullptr || bias < 0 || bias >= kPanel<T>) return;
+    const Source* source = static_cast<const Source*>(v.bias);
+    for (int64_t i = 0; i < m; ++i) panel[i * kPanel<T> + bias] = convert<T>(source[i * v.bias_stride]);
+  });
+}
+
+// Writes a tile of U whose first element is (row, column), and returns its scalar product with V.
+template <typename T>
+T store_result(const Matrix& u, int64_t m, int64_t n, int64_t row, int64_t column,
+               const T* tile,       // [kPanel, kPanel]
+               const T* v_panel) {  // [m, kPanel]
+  const int64_t rows = min(kPanel<T>, m - row);
+  const int64_t weights = min(kPanel<T>, n - (u.bias != nullptr) - column);
+  const int64_t bias = n - 1 - column;
+  with_element(u.dtype, [&](auto element) {
+    using Target = decltype(element);
+    for (int64_t i = 0; i < rows; ++i) {
+      Target* out = static_cast<Target*>(u.data) + (row + i) * u.row_stride + column * u.col_stride;
+      for (int64_t j = 0; j < weights; ++j) narrow(tile[i * kPanel<T> + j], out + j * u.col_stride);
+    }
+    if (u.bias == nullptr || bias >= kPanel<T>) return;
+    Target* out = static_cast<Target*>(u.bias) + row * u.bias_stride;
+    for (int64_t i = 0; i < rows; ++i) narrow(tile[i * kPanel<T> + bias], out + i * u.bias_stride);
+  });
+
+  // Columns past n within the last vector are zero in V and, since A^-1's padding is zero, in the tile.
+  const int vectors = vectors_of<T>(n, column / kPanel<T>);
+  Vec<T> sum = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* v = v_panel + (row + i) * kPanel<T>;
+    for (int x = 0; x < vectors; ++x) sum += load(tile + i * kPanel<T> + x * kLanes<T>) * load(v + x * kLanes<T>);
+  }
+  T dot = T(0);
+  for (int lane = 0; lane < kLanes<T>; ++lane) dot += sum[lane];
+  return dot;
+}
+
+template <typename T>
+void precondition_layer(const Precondition& op, int layer, const Scratch<T>& s, int threads) {
+  const Shape shape = shape_of(op, layer);
+  const int64_t m = shape.m, n = shape.n;
+  const int64_t m_panels = panels<T>(m), n_panels = panels<T>(n);
+  const T* g_inverse = static_cast<const T*>(op.g_inverse) + op.g_plan.offset(layer);
+  const T* a_inverse = static_cast<const T*>(op.a_inverse) + op.a_plan.offset(layer);
+
+  parallel_for(threads, m_panels + 2 * n_panels, [&](int64_t task, int) {
+    if (task < n_panels) {
+      pack_gradient(op.gradients[layer], m, n, task, s.v + task * m * kPanel<T>);
+    } else if (task < 2 * n_panels) {
+      const int64_t p = task - n_panels;
+      pack_strided<T>(a_inverse + p * kPanel<T>, n, 1, n, min(kPanel<T>, n - p * kPanel<T>),
+                      s.a_inverse + p * n * kPanel<T>);
+    } else {
+      const int64_t p = task - 2 * n_panels;
+      pack_strided<T>(g_inverse + p * kPanel<T>, m, 1, m, min(kPanel<T>, m - p * kPanel<T>),
+                      s.g_inverse + p * m * kPanel<T>);
+    }
+  });
+  const int64_t product_panel = round_up(n, kPanel<T>) * kPanel<T>;
+  parallel_for(threads, m_panels * n_panels, [&](int64_t task, int) {
+    const int64_t i = task / n_panels, j = task % n_panels;
+    multiply_panels(m, min(kPanel<T>, n - j * kPanel<T>), vectors_of<T>(m, i), s.v + j * m * kPanel<T>,
+                    s.g_inverse + i * m * kPanel<T>, s.product + i * product_panel + j * kPanel<T> * kPanel<T>,
+                    kPanel<T>);
+  });
+  parallel_for(threads, m_panels * n_panels, [&](int64_t task, int) {
+    const int64_t i = task / n_panels, j = task % n_panels;
+    alignas(64) T tile[kPanel<T> * kPanel<T>];
+    multiply_panels(n, min(kPanel<T>, m - i * kPanel<T>), vectors_of<T>(n, j), s.product + i * product_panel,
+                    s.a_inverse + j * n * kPanel<T>, tile, kPanel<T>);
+    s.dots[task] = store_result(op.results[layer], m, n, i * kPanel<T>, j * kPanel<T>, tile, s.v + j * m * kPanel<T>);
+  });
+  T dot = T(0);
+  for (int64_t task = 0; task < m_panels * n_panels; ++task) dot += s.dots[task];
+  static_cast<T*>(op.dot)[layer] = dot;
+}
+
+template <typename T>
+void lay_out(const Precondition& op, int threads, Arena& arena, Scratch<T>* scratch) {
+  Shape own{0, 0}, largest{0, 0};
+  for (int layer = 0; layer < op.g_plan.count(); ++layer) {
+    const Shape shape = shape_of(op, layer);
+    largest = {max(largest.m, shape.m), max(largest.n, shape.n)};
+    if (!shape.for_team(threads)) own = {max(own.m, shape.m), max(own.n, shape.n)};
+  }
+  for (int thread = 0; thread < threads; ++thread) {
+    const Shape shape = thread == 0 ? largest : own;
+    const Scratch<T> mine = Scratch<T>::take(arena, shape.m, shape.n);
+    if (scratch != nullptr) scratch[thread] = mine;
+  }
+}
+
+template <typename T>
+void run(const Precondition& op, const Context& ctx) {
+  const int threads = usable_threads(ctx.threads);
+  Arena arena(ctx.workspace);
+  auto* scratch = arena.take<Scratch<T>>(threads);
+  lay_out(op, threads, arena, scratch);
+
+  const int32_t* order = op.a_plan.by_decreasing_size().data();
+  const int count = op.a_plan.count();
+  for (int task = 0; task < count; ++task) {
+    if (shape_of(op, order[task]).for_team(threads)) precondition_layer<T>(op, order[task], scratch[0], threads);
+  }
+  parallel_for(threads, count, [&](int64_t task, int thread) {
+    if (!shape_of(op, order[task]).for_team(threads)) precondition_layer<T>(op, order[task], scratch[thread], 1);
+  });
+}
+
+template <typename T>
+size_t bytes_for(const Precondition& op, int threads) {
+  Arena arena(nullptr);
+  arena.take<Scratch<T>>(threads);
+  lay_out<T>(op, threads, arena, nullptr);
+  return arena.used();
+}
+
+}  // namespace
+
+WorkspaceSize precondition_workspace(const Precondition& op, const Context& ctx) {
+  return workspace_for(op.dtype, ctx.threads,
+                       [&](auto element, int threads) { return bytes_for<decltype(element)>(op, threads); });
+}
+
+const char* precondition(const Precondition& op, const Context& ctx) {
+  with_factor_type(op.dtype, [&](auto element) { run<decltype(element)>(op, ctx); });
+  return nullptr;
+}
+
+}  // namespace kfac_fast::cpu::KFAC_FAST_ISA

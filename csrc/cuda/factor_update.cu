@@ -1,0 +1,277 @@
+// factor_update: C <- decay C + scale X^T X for all blocks at once.
+//
+// The rows of a block are cut into chunks and its lower triangle into tiles. One CTA per (tile, chunk) writes a partial
+// product to scratch memory; a second launch adds the chunks in order, so that the result does not depend on which CTA
+// ran first. How a block is cut depends on its own shape only: its bits don't change with its company or the device.
+#include <vector>
+
+#include "factor_mma.cuh"
+
+namespace kfac_fast {
+namespace {
+
+// Rows per partial product: enough items for a device on their own where a block has many rows, but not so many that
+// partial products cost more traffic than the rows, nor so few that a chunk's sum loses digits.
+constexpr int64_t kWantedItems = 128, kMinChunkRows = 512, kMaxChunkRows = 4096;
+
+// Partial products sum_k x_k x_k^T of one tile of C over one chunk of rows.
+// One CTA per (tile, chunk); rows pass through shared memory, each thread holds 4x4 or 8x8 elements in registers.
+// FMA: the path of double precision, and of devices without tensor cores for single precision.
+template <typename T, int kSide>
+__global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kResident)
+    factor_update_fma_kernel(RowsTables tables, int count,
+                             T* partials) {  // per block: [chunks, lower tiles, side, side]
+  using Tile = Tile<T, kSide>;
+  const int owner = find_owner(tables.first, count, static_cast<int>(blockIdx.x));
+  const RowsEntry& rows = tables.entries[owner];
+  const RowsItem item(rows, static_cast<int>(blockIdx.x) - tables.first[owner]);
+  T* const stages = shared_memory<T>();
+  PatchColumn* const columns = reinterpret_cast<PatchColumn*>(stages + Tile::kSharedBytes / sizeof(T));
+  const Conv* const conv = rows.conv < 0 ? nullptr : tables.convs + rows.conv;
+  prepare_patch_columns<kSide>(conv, item, columns);
+
+  const LoadSlots<Tile> slots = {rows.along_k};
+  const RowsLoader<Tile, T> p = {rows, conv, columns, item.ti * kSide, item.end, slots};
+  const RowsLoader<Tile, T> q = {rows, conv, columns + kSide, item.tj * kSide, item.end, slots};
+  T acc[Tile::kMicro][Tile::kMicro] = {};
+  multiply<Tile>(acc, p, q, item.ti == item.tj, item.begin, item.end, stages);
+
+  T* const out = partials + item.partial;
+#pragma unroll
+  for (int r = 0; r < Tile::kMicro; ++r) {
+#pragma unroll
+    for (int g = 0; g < Tile::kGroups; ++g) {
+      T v[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) v[c] = acc[r][4 * g + c];
+      store4(out + Tile::row(r) * kSide + Tile::column(4 * g), v);
+    }
+  }
+}
+
+constexpr int kFinishSide = 32, kFinishThreads = 256;
+
+// C <- decay C + scale (sum of the chunks), both triangles, and whether the sum is finite.
+// One CTA per lower 32x32 piece of a block; its mirror image goes through shared memory to be written in rows.
+// Memory: reads every chunk's piece once, reads half of C and writes all of it.
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads)
+    factor_update_finish_kernel(const RowsEntry* entries, const int32_t* first, int count,
+                                const T* partials,
+                                T* factors,            // [numel]
+                                const T* decay,        // [b]
+                                const T* scale,        // [b]
+                                int32_t* nonfinite) {  // [b] zeroed before
+  const int item = static_cast<int>(blockIdx.x);
+  const int owner = find_owner(first, count, item);
+  const RowsEntry& rows = entries[owner];
+  int pi, pj;
+  lower_pair(item - first[owner], pi, pj);
+  const int row0 = pi * kFinishSide, column0 = pj * kFinishSide;
+  const int tx = static_cast<int>(threadIdx.x) % kFinishSide, ty = static_cast<int>(threadIdx.x) / kFinishSide;
+  const int ti = row0 / rows.side, tj = column0 / rows.side;
+  const int64_t tile_numel = static_cast<int64_t>(rows.side) * rows.side;
+  const int64_t chunk_numel = lower_pairs(rows.tiles) * tile_numel;
+  const T* const tile = partials + rows.partial + (lower_pairs(ti) + tj) * tile_numel +
+                        (row0 % rows.side) * rows.side + column0 % rows.side;
+  const T keep = decay[rows.index], add = scale[rows.index];
+  T* const c = factors + rows.factor;
+  T* const mirror = shared_memory<T>();  // [32, 33]
+  constexpr int kRowsPerThread = kFinishSide * kFinishSide / kFinishThreads;
+
+  bool bad = false;
+#pragma unroll
+  for (int s = 0; s < kRowsPerThread; ++s) {
+    const int r = ty + s * (kFinishThreads / kFinishSide);
+    const int row = row0 + r, column = column0 + tx;
+    if (row >= rows.size || column > row) continue;
+    T sum = T(0);
+    for (int chunk = 0; chunk < rows.chunks; ++chunk) sum += tile[chunk * chunk_numel + r * rows.side + tx];
+    bad = bad || !isfinite(sum);
+    T* const at = c + static_cast<int64_t>(row) * rows.size + column;
+    // decay == 0 starts afresh whatever C held, NaN included (the BLAS convention for beta).
+    const T value = keep == T(0) ? add * sum : keep * *at + add * sum;
+    *at = value;
+    mirror[r * (kFinishSide + 1) + tx] = value;
+  }
+  const int any_bad = __syncthreads_or(bad);
+  if (any_bad && threadIdx.x == 0) atomicOr(nonfinite + rows.index, 1);
+#pragma unroll
+  for (int s = 0; s < kRowsPerThread; ++s) {
+    const int r = ty + s * (kFinishThreads / kFinishSide);
+    const int row = column0 + r, column = row0 + tx;  // of the mirror image
+    if (column < rows.size && row < column) {
+      c[static_cast<int64_t>(row) * rows.size + column] = mirror[tx * (kFinishSide + 1) + r];
+    }
+  }
+}
+
+// How a block's partial products are computed: by FMA, or on tensor cores from operands of this kind.
+enum Kind : int { kFma, kTf32, kHalf, kBfloat16, kKinds };
+
+constexpr int kSides[] = {128, 64, 32};
+constexpr int kClasses = kKinds * 3;  // a kind and a tile size each
+
+// Tables and scratch of one call. Entries stand class by class, by decreasing size within one.
+template <typename T>
+struct Layout {
+  Arena arena;
+  RowsEntry* entries;
+  BlockEntry* blocks;
+  int32_t* first;         // [b + kClasses] items of the partial products, per class
+  int32_t* finish_first;  // [b + 1]
+  Conv* convs;
+  int begin[kClasses + 1];
+  T* partials;
+
+  static int side(int n) {
+    if (n <= 32) return 32;
+    return n < 192 || sizeof(T) > 4 ? 64 : 128;
+  }
+
+  // 16-bit rows are multiplied as they are, exactly. Weights make them numbers that 16 bits don't hold.
+  static Kind kind(const Rows& rows, bool tensor_cores) {
+    if (sizeof(T) > 4 || !tensor_cores) return kFma;
+    if (rows.weights == nullptr && rows.dtype == DType::f16) return kHalf;
+    if (rows.weights == nullptr && rows.dtype == DType::bf16) return kBfloat16;
+    return kTf32;
+  }
+
+  Layout(const FactorUpdate& op, const Context& memory, int device) : arena(memory) {
+    const int count = op.plan.count();
+    const bool tensor_cores = compute_capability(device) >= 80;
+    int conv_count = 0;
+    for (int i = 0; i < count; ++i) conv_count += op.rows[i].conv != nullptr;
+    entries = arena.table<RowsEntry>(count);
+    blocks = arena.table<BlockEntry>(count);
+    first = arena.table<int32_t>(count + kClasses);
+    finish_first = arena.table<int32_t>(count + 1);
+    convs = arena.table<Conv>(conv_count);
+
+    int at = 0, conv = 0;
+    int64_t partial_numel = 0;
+    int32_t finish_items = 0;
+    for (int c = 0; c < kClasses; ++c) {
+      begin[c] = at;
+      int32_t items = 0;
+      for (const int32_t block : op.plan.by_decreasing_size()) {
+        const Rows& rows = op.rows[block];
+        if (side(op.plan.size(block)) != kSides[c % 3] || kind(rows, tensor_cores) != c / 3) continue;
+        RowsEntry entry = make_entry(op, block, partial_numel);
+        partial_numel += static_cast<int64_t>(entry.chunks) * lower_pairs(entry.tiles) * entry.side * entry.side;
+        if (entries != nullptr) {  // else measuring
+          if (rows.conv != nullptr) {
+            convs[conv] = *rows.conv;
+            entry.conv = conv++;
+          }
+          entries[at] = entry;
+          blocks[at] = {entry.factor, entry.size, entry.index};
+          first[at + c] = items;
+          finish_first[at] = finish_items;
+          items += entry.chunks * lower_pairs(entry.tiles);
+          finish_items += lower_pairs(static_cast<int>(ceil_div(entry.size, kFinishSide)));
+        }
+        ++at;
+      }
+      if (entries != nullptr) first[at + c] = items;
+    }
+    begin[kClasses] = at;
+    if (entries != nullptr) finish_first[at] = finish_items;
+    partials = arena.scratch<T>(partial_numel);
+  }
+
+  static RowsEntry make_entry(const FactorUpdate& op, int index, int64_t partial) {
+    const Rows& rows = op.rows[index];
+    RowsEntry entry = {};
+    entry.data = rows.data;
+    entry.weights = rows.weights;
+    entry.m = rows.m;
+    entry.row_stride = rows.row_stride;
+    entry.col_stride = rows.col_stride;
+    entry.factor = op.plan.offset(index);
+    entry.partial = partial;
+    entry.d = static_cast<int32_t>(rows.d);
+    entry.size = op.plan.size(index);
+    entry.side = side(entry.size);
+    entry.tiles = static_cast<int32_t>(ceil_div(entry.size, entry.side));
+    const int64_t wanted = ceil_div(kWantedItems, std::max(lower_pairs(entry.tiles), 1));
+    const int64_t even = ceil_div(ceil_div(rows.m, wanted), 32) * 32;
+    entry.chunk_rows = std::min(std::max(even, kMinChunkRows), kMaxChunkRows);
+    entry.chunks = static_cast<int32_t>(ceil_div(rows.m, entry.chunk_rows));
+    entry.conv = -1;
+    entry.index = index;
+    entry.dtype = rows.dtype;
+    entry.bias = rows.bias;
+    entry.along_k = rows.conv != nullptr || rows.row_stride < rows.col_stride;
+    return entry;
+  }
+};
+
+// Partial products of the blocks of one class. Tile: how a CTA of the kernel is organised.
+template <typename Tile, typename T>
+cudaError_t launch_products(void (*kernel)(RowsTables, int, T*), const Layout<T>& layout, int c, const Context& ctx) {
+  const int begin = layout.begin[c], count = layout.begin[c + 1] - begin;
+  const int32_t* const first = layout.first + begin + c;
+  const RowsTables tables = {layout.arena.on_device(layout.entries + begin), layout.arena.on_device(first),
+                             layout.arena.on_device(layout.convs)};
+  const size_t shared_bytes = Tile::kSharedBytes + 2 * Tile::kSide * sizeof(PatchColumn);
+  return launch(kernel, first[count], Tile::kThreads, shared_bytes, ctx.stream, tables, count, layout.partials);
+}
+
+template <int kSide>
+cudaError_t launch_side(const Layout<double>& layout, int c, const Context& ctx) {
+  if constexpr (kSide == 128) return cudaSuccess;  // too large for double precision: side() never says so
+  else return launch_products<Tile<double, kSide>>(factor_update_fma_kernel<double, kSide>, layout, c, ctx);
+}
+
+template <int kSide>
+cudaError_t launch_side(const Layout<float>& layout, int c, const Context& ctx) {
+  switch (c / 3) {
+    case kTf32: return launch_products<MmaTile<kSide>>(factor_update_mma_kernel<Tf32, kSide>, layout, c, ctx);
+    case kHalf: return launch_products<MmaTile<kSide>>(factor_update_mma_kernel<Half, kSide>, layout, c, ctx);
+    case kBfloat16: return launch_products<MmaTile<kSide>>(factor_update_mma_kernel<Bfloat16, kSide>, layout, c, ctx);
+    default: return launch_products<Tile<float, kSide>>(factor_update_fma_kernel<float, kSide>, layout, c, ctx);
+  }
+}
+
+template <typename T>
+cudaError_t run(const FactorUpdate& op, const Context& ctx) {
+  const Layout<T> layout(op, ctx, ctx.device);
+  const int count = op.plan.count();
+  cudaError_t error = layout.arena.upload(ctx.stream);
+  if (error == cudaSuccess) {
+    error = cudaMemsetAsync(op.nonfinite, 0, sizeof(int32_t) * count, static_cast<cudaStream_t>(ctx.stream));
+  }
+  for (int c = 0; c < kClasses && error == cudaSuccess; ++c) {
+    if (layout.begin[c] == layout.begin[c + 1]) continue;
+    switch (kSides[c % 3]) {
+      case 128: error = launch_side<128>(layout, c, ctx); break;
+      case 64: error = launch_side<64>(layout, c, ctx); break;
+      case 32: error = launch_side<32>(layout, c, ctx); break;
+    }
+  }
+  if (error != cudaSuccess) return error;
+  T* const factors = static_cast<T*>(op.factors);
+  error = launch(factor_update_finish_kernel<T>, layout.finish_first[count], kFinishThreads,
+                 sizeof(T) * kFinishSide * (kFinishSide + 1), ctx.stream, layout.arena.on_device(layout.entries),
+                 layout.arena.on_device(layout.finish_first), count, layout.partials, factors,
+                 static_cast<const T*>(op.decay), static_cast<const T*>(op.scale), op.nonfinite);
+  if (error != cudaSuccess) return error;
+  return launch_trace(layout.arena.on_device(layout.blocks), count, factors, static_cast<T*>(op.trace), ctx.stream);
+}
+
+}  // namespace
+
+WorkspaceSize cuda_factor_update_workspace(const FactorUpdate& op, const Context& ctx) {
+  return op.dtype == DType::f64 ? Layout<double>(op, Context(), ctx.device).arena.size()
+                                : Layout<float>(op, Context(), ctx.device).arena.size();
+}
+
+const char* cuda_factor_update(const FactorUpdate& op, const Context& ctx) {
+  if (op.plan.count() == 0) return nullptr;
+  const DeviceGuard guard(ctx);
+  if (guard.error() != cudaSuccess) return message(guard.error());
+  return message(op.dtype == DType::f64 ? run<double>(op, ctx) : run<float>(op, ctx));
+}
+
+}  // namespace kfac_fast

@@ -1,0 +1,36 @@
+"""K-FAC for PyTorch with its own CPU and CUDA kernels.
+
+from kfac_fast import KFAC
+optimizer = KFAC(model)
+"""
+
+import sys
+
+import torch  # noqa: F401 - first: the loader then shares torch's OpenMP runtime with _C
+
+from . import _C, ops
+from .diagnostics import show_config
+from .inverses import KFACWarning
+from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from .ops import BlockDiagonal, ConvRows
+from .optimizer import KFAC
+from .preconditioner import Preconditioner
+
+__version__: str = _C.__version__
+__all__ = [
+    "KFAC",
+    "Bernoulli",
+    "BlockDiagonal",
+    "Categorical",
+    "ConvRows",
+    "Gaussian",
+    "KFACWarning",
+    "Likelihood",
+    "Preconditioner",
+    "__version__",
+    "ops",
+    "show_config",
+]
+
+# `import kfac_fast.KFAC` finds the class where the import system looks for a module.
+sys.modules[f"{__name__}.KFAC"] = KFAC  # type: ignore[assignment]

@@ -1,0 +1,140 @@
+"""Owns the damping, the damped inverses of the factors, and what happens when one fails."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .factors import Factors
+
+RETRIES = 3  # each with ten times the damping of the one before
+
+
+class KFACWarning(UserWarning):
+    """Something about the curvature that the user should know and that training survives."""
+
+
+class Inverses:
+    """(A + πγI)⁻¹ and (G + γ/π I)⁻¹ of every block, π = √((tr A/dim A)/(tr G/dim G)) (Martens & Grosse 2015, sec. 6.3).
+
+    A factor without a positive, finite trace gives π = 1. A block that was never committed gets identities, which is
+    the plain gradient.
+
+    When a factor is not positive definite in its precision, its block, and no other, goes down this ladder: float64 at
+    the same damping; ten times the damping, at most three times; eigenvalues floored at the damping; the last good
+    inverse; the plain gradient. Off the CPU the host does not wait for the outcome: ten times the damping, up to three
+    times, on the device, else the last good inverse; the host reads the outcome at the next update and may then use
+    the dearer rungs.
+
+    Args:
+        factors: The running factors.
+        names: Of every block, for warnings.
+    """
+
+    def __init__(self, factors: Factors, names: list[str]) -> None:
+        self._factors = factors
+        self._names = names
+        count = factors.count
+        self.inverse = factors.running.empty_like()
+        for block in self.inverse:
+            block.copy_(torch.eye(len(block)))
+        self.a = self.inverse[:count]
+        self.g = self.inverse[count:]
+        sizes = torch.tensor(factors.running.sizes, dtype=factors.running.dtype)
+        self._sizes = sizes.to(factors.running.device)
+        self.failures = torch.zeros(2 * count, dtype=torch.int32, device=self._sizes.device)  # by factor
+        self._good = [False] * (2 * count)  # has an inverse of a committed factor
+        self._info: Tensor | None = None  # of the last update, not yet read by the host
+        self._warned: set[int] = set()
+
+    def damping(self, gamma: Tensor) -> Tensor:
+        """Damping of every factor ``[2b]`` from γ ``[b]``: πγ for the A, γ/π for the G."""
+        mean_trace = self._factors.trace / self._sizes
+        ratio = mean_trace[: self._factors.count] / mean_trace[self._factors.count :]
+        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
+        damping = torch.cat([pi * gamma, gamma / pi])
+        return torch.where(self._factors.updates > 0, damping, torch.ones_like(damping))
+
+    def update(self, gamma: Tensor) -> None:
+        """Recomputes all inverses with γ ``[b]``, one number per block."""
+        self._read_last_outcome()
+        running = self._factors.running
+        damping = self.damping(gamma)
+        _, info = ops.damped_inverse(running, damping, self.inverse)
+        if running.device.type == "cpu" or not all(self._good):
+            # The first update has no last good inverse to fall back on, so here the host waits on any device.
+            for block in info.nonzero().flatten().tolist():
+                self._rescue(block, float(damping[block]))
+            self._good = [good or k > 0 for good, k in zip(self._good, self._factors.updates.tolist(), strict=True)]
+            return
+        first = info.clone()
+        for attempt in range(1, RETRIES + 1):
+            ops.damped_inverse(running, damping * 10.0**attempt, self.inverse, retry=info)
+        self.failures += first != 0
+        self._info = first
+
+    def _read_last_outcome(self) -> None:
+        if self._info is not None:
+            for block in self._info.nonzero().flatten().tolist():
+                self._warn(block, "was inverted with more damping, or kept its last inverse")
+            self._info = None
+
+    def _rescue(self, block: int, damping: float) -> None:
+        self.failures[block] += 1
+        out = self.inverse[block]
+        factor = self._factors.running[block].double()
+        if not bool(factor.isfinite().all()):
+            self._keep_last(block)
+            return
+        factor = (factor + factor.T) / 2
+        eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        for attempt in range(RETRIES + 1):
+            damped = factor + damping * 10.0**attempt * eye
+            root, info = torch.linalg.cholesky_ex(damped)
+            if not int(info):
+                inverse = torch.cholesky_inverse(root).to(out.dtype)
+                if bool(inverse.isfinite().all()):
+                    out.copy_((inverse + inverse.T) / 2)
+                    self._warn(
+                        block, "was inverted in float64" + (f" with {10**attempt} times the damping" if attempt else "")
+                    )
+                    return
+        floor = max(damping, torch.finfo(out.dtype).tiny ** 0.5)
+        values, vectors = torch.linalg.eigh(factor)
+        inverse = ((vectors / (values.clamp(min=0) + floor)) @ vectors.T).to(out.dtype)
+        if bool(inverse.isfinite().all()):
+            out.copy_((inverse + inverse.T) / 2)
+            self._warn(block, "was inverted with its eigenvalues floored at the damping")
+        else:
+            self._keep_last(block)
+
+    def _keep_last(self, block: int) -> None:
+        if self._good[block]:
+            self._warn(block, "kept its last good inverse")
+            return
+        partner = (block + self._factors.count) % (2 * self._factors.count)
+        for i in (block, partner):
+            self.inverse[i].copy_(torch.eye(len(self.inverse[i])))
+        self._warn(block, "has no inverse yet: its layer takes the plain gradient")
+
+    def _warn(self, block: int, outcome: str) -> None:
+        if block in self._warned:
+            return
+        self._warned.add(block)
+        count = self._factors.count
+        side = "A" if block < count else "G"
+        warnings.warn(
+            f"factor {side} of {self._names[block % count]} is not positive definite at this damping; it {outcome}. "
+            "Said once per factor; raise damping if it goes on",
+            KFACWarning,
+            stacklevel=2,
+        )
+
+
+def gamma_of(damping: float) -> float:
+    """γ = √λ, the damping of each factor that together damps the block by about λ (sec. 6.3, without ℓ2)."""
+    return math.sqrt(damping)

@@ -1,0 +1,264 @@
+"""Likelihoods: what a network's outputs mean, so that the Fisher information is defined.
+
+A *loss term* is one log-likelihood term: an example of a classifier, a token of a language model, a pixel of a
+per-pixel loss; for bernoulli and gaussian one output vector, whose likelihood is summed over its last dimension. M is
+their number. K-FAC's true Fisher needs targets drawn from the model's own predictive distribution (Martens & Grosse
+2015, sec. 5), so a likelihood can draw them; `loss` is the mean negative log-likelihood per loss term.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Likelihood(ABC):
+    """Base class. A likelihood of your own implements `log_prob`, `sample` and, unless terms are output vectors,
+    `terms_shape`; the built-in ones override the rest with closed forms.
+    """
+
+    @abstractmethod
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log p(targets | outputs) of every loss term, of shape `terms_shape`; differentiable in ``outputs``."""
+
+    @abstractmethod
+    def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Targets drawn from the predictive distribution, as `log_prob` takes them."""
+
+    def terms_shape(self, outputs: Tensor) -> torch.Size:
+        """Shape of the loss terms. Default: everything but the last dimension."""
+        return outputs.shape[:-1]
+
+    def per_term(self, values: Tensor) -> Tensor:
+        """Sums a tensor shaped like the outputs over the dimensions inside a loss term."""
+        return values.sum(-1)
+
+    def spread(self, per_term: Tensor) -> Tensor:
+        """Adds the inner dimensions back to a tensor of shape `terms_shape`, to broadcast against the outputs."""
+        return per_term.unsqueeze(-1)
+
+    def check(self, outputs: Tensor) -> None:
+        """Refuses outputs that this likelihood can't describe.
+
+        Raises:
+            TypeError: The outputs are not floating point.
+            ValueError: Their shape does not fit.
+        """
+        if not outputs.is_floating_point():
+            raise TypeError(f"outputs must be floating point for {self!r}, got {outputs.dtype}")
+        if outputs.ndim < 2:
+            raise ValueError(
+                f"outputs must be [N, …] with at least 2 dimensions for {self!r}, got {tuple(outputs.shape)}"
+            )
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean negative log-likelihood over the loss terms, a scalar."""
+        return -self.log_prob(outputs, targets).mean()
+
+    def sample_gradient(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """∂(−log p)/∂outputs at sampled targets, summed over loss terms: shaped like the outputs."""
+        with torch.enable_grad():
+            z = outputs.detach().requires_grad_()
+            nll = -self.log_prob(z, self.sample(z.detach(), generator)).sum()
+            return torch.autograd.grad(nll, z)[0]
+
+    def fisher_root(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Tensors v shaped like the outputs with Σ v vᵀ = F_R, the Fisher of the outputs, for every loss term.
+
+        One per output dimension of a loss term; each is zero outside its dimension's reach.
+
+        Raises:
+            ValueError: This likelihood has no closed form; use ``fisher="mc"``.
+        """
+        raise ValueError(f"fisher='exact' needs a closed form that {self!r} does not have; use fisher='mc'")
+
+    def determined(self, outputs: Tensor) -> Tensor:
+        """Loss terms whose gradient may be zero in floating point although they count: `terms_shape`, bool.
+
+        A loss term with an exactly zero gradient is otherwise taken as ignored (padding, ``ignore_index``).
+        """
+        return torch.ones(self.terms_shape(outputs), dtype=torch.bool, device=outputs.device)
+
+    def gradient_fits(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """Whether a loss gradient can come from this likelihood (a bool tensor on the device), None if unknown."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Categorical(Likelihood):
+    """Softmax over logits: ``F.cross_entropy``. A loss term is one distribution over the classes.
+
+    Args:
+        class_dim: Which dimension holds the classes. None: the last of ``[N, C]`` and ``[N, S, C]``, dimension 1 of
+            ``[N, C, H, W]`` and ``[N, C, D, H, W]``, as language models and segmentation networks have them. The first
+            backward pass checks it: the gradient of a cross entropy sums to zero over the classes and over nothing
+            else.
+        ignore_index: Targets with this value are not loss terms in `loss`, as in ``F.cross_entropy``.
+    """
+
+    def __init__(self, class_dim: int | None = None, ignore_index: int = -100) -> None:
+        if class_dim is not None and not isinstance(class_dim, int):
+            raise TypeError(f"class_dim must be an integer or None, got {class_dim!r}")
+        self.class_dim = class_dim
+        self.ignore_index = ignore_index
+
+    def dim(self, outputs: Tensor) -> int:
+        if self.class_dim is not None:
+            return self.class_dim % outputs.ndim
+        return outputs.ndim - 1 if outputs.ndim <= 3 else 1
+
+    def check(self, outputs: Tensor) -> None:
+        super().check(outputs)
+        if self.class_dim is not None and not -outputs.ndim <= self.class_dim < outputs.ndim:
+            raise ValueError(f"class_dim={self.class_dim} does not exist in outputs of shape {tuple(outputs.shape)}")
+        if outputs.shape[self.dim(outputs)] < 2:
+            raise ValueError(
+                f"outputs must have at least 2 classes under 'categorical', got shape {tuple(outputs.shape)} with the "
+                f"classes in dimension {self.dim(outputs)}; for one logit per example pass likelihood='bernoulli', for "
+                "regression likelihood='gaussian', for classes elsewhere likelihood=Categorical(class_dim=…)"
+            )
+
+    def _classes_second(self, outputs: Tensor) -> Tensor:
+        return outputs.movedim(self.dim(outputs), 1)
+
+    def terms_shape(self, outputs: Tensor) -> torch.Size:
+        dim = self.dim(outputs)
+        return outputs.shape[:dim] + outputs.shape[dim + 1 :]
+
+    def per_term(self, values: Tensor) -> Tensor:
+        return values.sum(self.dim(values))
+
+    def spread(self, per_term: Tensor) -> Tensor:
+        # Inserting the class dimension makes the tensor one dimension larger, which the rule must see.
+        probe = per_term.new_empty((0,) * (per_term.ndim + 1))
+        return per_term.unsqueeze(self.dim(probe))
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(
+            self._classes_second(outputs), targets, ignore_index=self.ignore_index, reduction="none"
+        )
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self._classes_second(outputs), targets, ignore_index=self.ignore_index)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        # argmax(log p + Gumbel noise): one pass, any shape, no flattening as torch.multinomial would need.
+        z = self._classes_second(outputs).float()
+        uniform = torch.rand(z.shape, generator=generator, device=z.device)
+        return (z - (-uniform.log()).log()).argmax(1)
+
+    def sample_gradient(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        dim = self.dim(outputs)
+        gradient = (
+            outputs.detach().float().softmax(dim) if outputs.dtype.itemsize < 4 else outputs.detach().softmax(dim)
+        )
+        index = self.sample(outputs.detach(), generator).unsqueeze(dim)
+        gradient.scatter_add_(dim, index, gradient.new_full((), -1.0).expand(index.shape))
+        return gradient.to(outputs.dtype)
+
+    def fisher_root(self, outputs: Tensor) -> Iterator[Tensor]:
+        # Σ_c p_c (e_c − p)(e_c − p)ᵀ = diag(p) − p pᵀ
+        dim = self.dim(outputs)
+        p = outputs.detach().softmax(dim)
+        for c in range(p.shape[dim]):
+            v = -p
+            v.select(dim, c).add_(1)
+            yield v * p.select(dim, c).unsqueeze(dim).sqrt()
+
+    def determined(self, outputs: Tensor) -> Tensor:
+        return outputs.detach().float().softmax(self.dim(outputs)).amax(self.dim(outputs)) > 1 - 1e-6
+
+    def gradient_fits(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        dim = self.dim(outputs)
+        gradient = gradient.float()
+        sums_to_zero = gradient.sum(dim).abs().sum() <= 0.05 * gradient.abs().sum()
+        log_probabilities = outputs.detach().float().logsumexp(dim).abs().max() < 1e-2
+        return sums_to_zero | log_probabilities
+
+    def __repr__(self) -> str:
+        return f"Categorical(class_dim={self.class_dim}, ignore_index={self.ignore_index})"
+
+
+class Bernoulli(Likelihood):
+    """Independent bits from logits: ``F.binary_cross_entropy_with_logits`` summed over the last dimension."""
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(-1)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        uniform = torch.rand(outputs.shape, generator=generator, device=outputs.device)
+        return (uniform < outputs.float().sigmoid()).to(outputs.dtype)
+
+    def sample_gradient(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        outputs = outputs.detach()
+        return outputs.sigmoid().sub_(self.sample(outputs, generator))
+
+    def fisher_root(self, outputs: Tensor) -> Iterator[Tensor]:
+        p = outputs.detach().sigmoid()
+        root = (p * (1 - p)).sqrt()
+        for c in range(p.shape[-1]):
+            v = torch.zeros_like(root)
+            v[..., c] = root[..., c]
+            yield v
+
+
+class Gaussian(Likelihood):
+    """A normal distribution around the outputs with known standard deviation.
+
+    Its `loss` is ½|outputs − targets|²/σ² summed over the last dimension, mean over the rest; the constant is left out.
+    ``nn.MSELoss()`` is 2/d times that for d outputs and σ = 1: the Fisher does not change, the gradient does.
+
+    Args:
+        sigma: Standard deviation, > 0, in the units of the outputs.
+    """
+
+    def __init__(self, sigma: float = 1.0) -> None:
+        if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"sigma must be > 0, got sigma={sigma}")
+        self.sigma = float(sigma)
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return -0.5 * ((outputs - targets) / self.sigma).square().sum(-1)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
+        return outputs + self.sigma * noise
+
+    def sample_gradient(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
+        return noise / self.sigma
+
+    def fisher_root(self, outputs: Tensor) -> Iterator[Tensor]:
+        for c in range(outputs.shape[-1]):
+            v = torch.zeros_like(outputs)
+            v[..., c] = 1 / self.sigma
+            yield v
+
+    def __repr__(self) -> str:
+        return f"Gaussian(sigma={self.sigma:g})"
+
+
+_BY_NAME: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
+
+
+def as_likelihood(likelihood: str | Likelihood) -> Likelihood:
+    """A likelihood from its name or itself.
+
+    Raises:
+        ValueError: An unknown name.
+        TypeError: Neither a name nor a `Likelihood`.
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if not isinstance(likelihood, str):
+        raise TypeError(f"likelihood must be a name or a Likelihood, got {type(likelihood).__name__}")
+    if likelihood not in _BY_NAME:
+        raise ValueError(f"likelihood must be one of {sorted(_BY_NAME)} or a Likelihood, got {likelihood!r}")
+    return _BY_NAME[likelihood]()

@@ -1,0 +1,247 @@
+"""`KFAC`: a complete optimizer around `Preconditioner`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .likelihoods import Likelihood
+from .ops.native import read_if_free
+from .preconditioner import Preconditioner, check_range
+from .report import Report
+
+_GROUP_BOUNDS = {
+    "momentum": {"at_least": 0.0, "below": 1.0},
+    "damping": {"above": 0.0},
+    "weight_decay": {"at_least": 0.0},
+}
+
+
+class KFAC(torch.optim.Optimizer):
+    r"""K-FAC, natural gradient descent with a Kronecker-factored Fisher matrix (Martens & Grosse 2015).
+
+    The Fisher block of a layer is approximated by A ⊗ G, the second moments of its inputs and of its output
+    gradients, so that a natural-gradient step costs two small inverses per layer: with the gradient V of W,
+
+    .. math:: U = (G + \tfrac{\gamma}{\pi} I)^{-1} V (A + \pi\gamma I)^{-1}, \qquad \gamma = \sqrt\lambda, \qquad
+              W \leftarrow W - \mathrm{lr}\,(\text{momentum over } \nu U)
+
+    with ν = min(1, √(κ / Σ lr²⟨V, U⟩)), the KL clip. The ordinary loop needs nothing more than the constructor::
+
+        optimizer = KFAC(model)
+        for x, y in data:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    Linear and convolutional layers are preconditioned. Every other parameter takes the same momentum update with its
+    plain gradient; `report` names them all.
+
+    Args:
+        model: The module whose outputs the loss is computed from. Make the optimizer before ``torch.compile``.
+        params: Parameters, groups or named parameters as ``torch.optim`` takes them; None is all that require grad.
+            Groups may have their own ``lr``, ``momentum``, ``nesterov``, ``damping``, ``weight_decay``, ``kl_clip``.
+        lr: Learning rate, > 0; a number or a one-element tensor. Natural gradients have a scale of their own, and the
+            KL clip shortens steps that would change the predictions too much, so the default serves most classifiers.
+        momentum: In [0, 1).
+        nesterov: Nesterov's momentum. Ignored where momentum is 0.
+        damping: λ > 0. Larger is closer to SGD; too small fits the noise of a batch, and in float32 fails.
+        weight_decay: Decoupled, ≥ 0: parameters shrink by lr · weight_decay a step.
+        likelihood: What the outputs are parameters of: "categorical" (logits of a cross entropy), "bernoulli" (logits
+            of a binary cross entropy), "gaussian" (a regression), or a `Likelihood` for anything else.
+        fisher: "mc", the true Fisher with targets drawn from the model's prediction, one extra backward pass without
+            parameter gradients; "exact", one such pass per output, for small outputs; "empirical", the gradients of
+            the training loss, no extra pass but a different matrix.
+        decay: Running averages keep min(1 − 1/k, decay) of the old factors at the k-th update, in [0, 1).
+        factor_every: Steps between updates of the factors; the steps between cost nothing extra.
+        inverse_every: Steps between updates of the inverses; the first three steps always update them.
+        kl_clip: κ > 0, or None for no clip: a step's lr²⟨V, U⟩, twice its predicted change of the predictive
+            distribution, does not exceed it.
+        loss_reduction: "mean" or "sum", the scale of your loss; only ``fisher="empirical"`` depends on it.
+        outputs: A function from what the model returns to the output tensor, where that is neither a tensor nor has
+            ``.logits``.
+        maximize: Maximises the objective.
+        seed: Of the generator that draws targets; the global generators are left alone.
+
+    Raises:
+        ValueError: An argument out of range; the message names it and what was expected.
+        TypeError: ``model`` is not a module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 0.03,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        damping: float = 0.03,
+        weight_decay: float = 0.0,
+        likelihood: str | Likelihood = "categorical",
+        fisher: str = "mc",
+        decay: float = 0.95,
+        factor_every: int = 1,
+        inverse_every: int = 10,
+        kl_clip: float | None = 1e-3,
+        loss_reduction: str = "mean",
+        outputs: Callable[[Any], Tensor] | None = None,
+        maximize: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "kl_clip": kl_clip,
+            "maximize": maximize,
+        }
+        _check_group(defaults)
+        super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
+        self.preconditioner = Preconditioner(
+            model,
+            damping=damping,
+            likelihood=likelihood,
+            fisher=fisher,
+            decay=decay,
+            factor_every=factor_every,
+            inverse_every=inverse_every,
+            loss_reduction=loss_reduction,
+            outputs=outputs,
+            seed=seed,
+            parameters=[p for group in self.param_groups for p in group["params"]],
+        )
+        self._natural = {id(p): i for i, p in enumerate(self.preconditioner.covered)}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in ``torch.optim``; a group's values are checked like the constructor's."""
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step.
+
+        A gradient or natural gradient that is not finite changes nothing: parameters, momentum and factors stay.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        layers = self.preconditioner.layers
+        dot = self.preconditioner.natural_gradients([group_of[id(layer.weight)]["damping"] for layer in layers])
+
+        updates, finite = self._updates(dot)
+        known = read_if_free(finite)
+        if known is False:
+            return loss
+        clips = self._clips(dot, group_of)
+        for group, clip in zip(self.param_groups, clips, strict=True):
+            natural, plain = updates[id(group)]
+            if known is None:  # the host does not know: let the device take zeros for what is not finite
+                for tensors in (natural, plain):
+                    for i, (p, u) in enumerate(tensors):
+                        tensors[i] = (p, torch.where(finite, u, torch.zeros_like(u)))
+            if natural and clip is not None:
+                torch._foreach_mul_([u for _, u in natural], clip)
+            self._apply(group, natural + plain, None if known else finite)
+        return loss
+
+    def _updates(self, dot: Tensor) -> tuple[dict[int, tuple[list[Any], list[Any]]], Tensor]:
+        """Per group the (parameter, natural gradient) and (parameter, gradient) pairs; whether all are finite."""
+        results = self.preconditioner.results
+        updates: dict[int, tuple[list[Any], list[Any]]] = {}
+        finite = dot.sum().isfinite()
+        for group in self.param_groups:
+            natural, plain = [], []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                i = self._natural.get(id(p))
+                if i is not None:
+                    natural.append((p, results[i]))
+                elif p.grad.is_sparse:
+                    raise ValueError(f"KFAC does not take sparse gradients, got one of shape {tuple(p.grad.shape)}")
+                else:
+                    plain.append((p, p.grad))
+            if plain:
+                norms = torch._foreach_norm([g for _, g in plain])
+                finite = finite & torch.stack([n.to(finite.device, torch.float64) for n in norms]).sum().isfinite()
+            updates[id(group)] = (natural, plain)
+        return updates, finite
+
+    def _clips(self, dot: Tensor, group_of: dict[int, dict[str, Any]]) -> list[Tensor | None]:
+        """ν of every group, from the sum of lr²⟨V, U⟩ over all groups that clip."""
+        if all(group["kl_clip"] is None for group in self.param_groups):
+            return [None] * len(self.param_groups)
+        squares = []
+        for layer in self.preconditioner.layers:
+            group = group_of[id(layer.weight)]
+            squares += [0.0 if group["kl_clip"] is None else float(group["lr"]) ** 2] * layer.blocks
+        total = (dot * torch.tensor(squares, dtype=dot.dtype).to(dot.device, non_blocking=True)).sum().abs()
+        return [
+            None if group["kl_clip"] is None else (group["kl_clip"] / total).sqrt().clamp(max=1.0)
+            for group in self.param_groups
+        ]
+
+    def _apply(self, group: dict[str, Any], pairs: list[tuple[nn.Parameter, Tensor]], gate: Tensor | None) -> None:
+        """Momentum, weight decay and the update. With a gate that is False on the device nothing changes."""
+        if not pairs:
+            return
+        params: list[Tensor] = [p for p, _ in pairs]
+        directions: list[Tensor] = [u for _, u in pairs]
+        lr, momentum = float(group["lr"]), group["momentum"]
+        if momentum:
+            buffers = []
+            for p, u in pairs:
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(u)
+                buffers.append(state["momentum_buffer"])
+            # A skipped step must not decay the buffer either.
+            torch._foreach_mul_(buffers, momentum if gate is None else torch.where(gate, momentum, 1.0))
+            torch._foreach_add_(buffers, directions)
+            directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
+        if group["weight_decay"]:
+            shrink = 1 - lr * group["weight_decay"]
+            torch._foreach_mul_(params, shrink if gate is None else torch.where(gate, shrink, 1.0))
+        if group["maximize"]:
+            lr = -lr
+        if gate is not None:
+            directions = list(torch._foreach_mul(directions, gate.to(directions[0].dtype)))
+        torch._foreach_add_(params, directions, alpha=-lr)
+
+    def report(self) -> Report:
+        """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""
+        return self.preconditioner.report()
+
+    def close(self) -> None:
+        """Removes every hook from the model; steps go on with the factors as they are."""
+        self.preconditioner.close()
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
+    else:
+        check_range("lr", lr, at_least=0.0)
+    for name, bounds in _GROUP_BOUNDS.items():
+        check_range(name, group[name], **bounds)
+    if group["kl_clip"] is not None:
+        check_range("kl_clip", group["kl_clip"], above=0.0)

@@ -1,0 +1,298 @@
+"""`Preconditioner`: capture → factors → inverses → natural gradients, for any optimizer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .capture import FISHERS, Capture
+from .factors import Factors
+from .inverses import Inverses, KFACWarning
+from .layers import Layer, layer_for
+from .likelihoods import Likelihood, as_likelihood
+from .report import Report, Row
+
+# The running averages change fastest at the start, so the first inverses are always made anew (sec. 8).
+ALWAYS_INVERT_FIRST = 3
+
+
+class Preconditioner:
+    """Turns gradients V into natural gradients G⁻¹ V A⁻¹ (Martens & Grosse 2015).
+
+    Use it before the step of any optimizer::
+
+        preconditioner = Preconditioner(model)
+        for x, y in data:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            preconditioner.step()  # rewrites .grad of the supported layers
+            optimizer.step()
+
+    `kfac_fast.KFAC` is this together with an update rule. Arguments that both take are described there.
+
+    Args:
+        model: The module whose outputs the loss is computed from; a ``DistributedDataParallel`` wrapper is looked into.
+        damping: λ > 0, added to the block as a whole: each factor gets γ = √λ, balanced by π.
+        likelihood: "categorical", "bernoulli", "gaussian" or a `Likelihood`.
+        fisher: "mc", "exact" or "empirical".
+        decay: Largest weight of the old factors, ε_max in [0, 1).
+        factor_every: Steps between updates of the factors.
+        inverse_every: Steps between updates of the inverses.
+        kl_clip: κ > 0 bounds lr² ⟨∇, U⟩; needs ``lr`` in `step`. None does not clip.
+        loss_reduction: "mean" or "sum", how the user's loss is scaled. Only the empirical Fisher depends on it.
+        outputs: Finds the outputs in what the model returns, where that is not a tensor or has ``.logits``.
+        seed: Of the generator that draws targets; the global generators are not used.
+        parameters: Only layers whose parameters are all among these are preconditioned; None is all.
+
+    Raises:
+        ValueError: An argument out of range; the message names it. ``torch.nn.DataParallel``: its replicas' hooks do
+            not reach the model; use DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        damping: float = 1e-3,
+        likelihood: str | Likelihood = "categorical",
+        fisher: str = "mc",
+        decay: float = 0.95,
+        factor_every: int = 1,
+        inverse_every: int = 10,
+        kl_clip: float | None = None,
+        loss_reduction: str = "mean",
+        outputs: Callable[[Any], Tensor] | None = None,
+        seed: int = 0,
+        parameters: Iterable[nn.Parameter] | None = None,
+    ) -> None:
+        check_range("damping", damping, above=0.0)
+        check_range("decay", decay, at_least=0.0, below=1.0)
+        check_count("factor_every", factor_every)
+        check_count("inverse_every", inverse_every)
+        if kl_clip is not None:
+            check_range("kl_clip", kl_clip, above=0.0)
+        check_choice("fisher", fisher, FISHERS)
+        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        if outputs is not None and not callable(outputs):
+            raise TypeError(f"outputs must be a function, got {type(outputs).__name__}")
+        self.damping = damping
+        self.factor_every = factor_every
+        self.inverse_every = inverse_every
+        self.kl_clip = kl_clip
+        self.steps = 0
+        self._inversions = 0
+        self._model = _inner(model)
+        self._rows, self.layers = _discover(self._model, parameters)
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._seed = seed
+        self._warned_about: set[int] = set()
+        example = self.layers[0].weight if self.layers else torch.zeros(())
+        dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
+        self.factors = Factors(
+            self.layers, decay, dtype, example.device, empirical_mean=fisher == "empirical" and loss_reduction == "mean"
+        )
+        block_names = [
+            layer.name + (f"[group {group}]" if layer.blocks > 1 else "")
+            for layer in self.layers
+            for group in range(layer.blocks)
+        ]
+        self.inverses = Inverses(self.factors, block_names)
+        # Natural gradients of all covered parameters, in one buffer with a view per parameter.
+        self.covered: list[nn.Parameter] = [p for layer in self.layers for p in layer.parameters]
+        self.results_flat = torch.zeros(sum(p.numel() for p in self.covered), dtype=dtype, device=example.device)
+        pieces = self.results_flat.split([p.numel() for p in self.covered])
+        self.results: list[Tensor] = [piece.view(p.shape) for piece, p in zip(pieces, self.covered, strict=True)]
+        views = iter(self.results)
+        self._result_matrices = [
+            matrix
+            for layer in self.layers
+            for matrix in layer.matrices(next(views), next(views) if layer.bias is not None else None)
+        ]
+        self._capture = Capture(
+            self._model, self.layers, as_likelihood(likelihood), fisher, self, outputs, self._generator
+        )
+
+    # ---- use --------------------------------------------------------------------------------------------------------
+
+    def step(self, lr: float | None = None) -> None:
+        """Updates factors and inverses if they are due and replaces the gradients of the covered layers.
+
+        Args:
+            lr: Learning rate of the optimizer, for the KL clip.
+
+        Raises:
+            ValueError: ``kl_clip`` is set and ``lr`` is missing.
+        """
+        if self.kl_clip is not None and lr is None:
+            raise ValueError("lr must be given to step() when kl_clip is set")
+        dot = self.natural_gradients(self.damping)
+        if self.kl_clip is not None and lr is not None:
+            clip = (self.kl_clip / (lr**2 * dot.sum()).abs()).sqrt().clamp(max=1.0)
+            self.results_flat.mul_(clip)
+        pairs = [(p.grad, u) for p, u in zip(self.covered, self.results, strict=True) if p.grad is not None]
+        with torch.no_grad():
+            if pairs:
+                torch._foreach_copy_([g for g, _ in pairs], [u for _, u in pairs])
+
+    @torch.no_grad()
+    def natural_gradients(self, damping: float | Sequence[float]) -> Tensor:
+        """One step's curvature work; `results` then holds U of every covered parameter.
+
+        Args:
+            damping: λ, or one per layer.
+
+        Returns:
+            ⟨V, U⟩ of every block, on the device.
+        """
+        self._capture.forget()
+        if self.steps % self.factor_every == 0:
+            self._warn_about_unseen_layers()
+            self.factors.commit()
+        if self.steps % self.inverse_every == 0 or self._inversions < ALWAYS_INVERT_FIRST:
+            self._inversions += 1
+            per_layer = [damping] * len(self.layers) if isinstance(damping, (int, float)) else damping
+            gamma = [math.sqrt(x) for x, layer in zip(per_layer, self.layers, strict=True) for _ in range(layer.blocks)]
+            data = self.factors.running.data
+            self.inverses.update(torch.tensor(gamma, dtype=data.dtype).to(data.device, non_blocking=True))
+        self.steps += 1
+        return ops.precondition(self._gradients(), self.inverses.g, self.inverses.a, out=self._result_matrices).dot
+
+    def _gradients(self) -> list[ops.Gradient]:
+        matrices: list[ops.Gradient] = []
+        for layer in self.layers:
+            weight, bias = layer.weight, layer.bias
+            # A layer that took no part has no gradient: zeros without memory.
+            w = weight.grad if weight.grad is not None else self.results_flat.new_zeros(()).expand(weight.shape)
+            b = None if bias is None else (bias.grad if bias.grad is not None else w.new_zeros(()).expand(bias.shape))
+            matrices += layer.matrices(w, b)
+        return matrices
+
+    def close(self) -> None:
+        """Removes every hook from the model. Factors and inverses stay; no new statistics are gathered."""
+        self._capture.close()
+
+    # ---- capture.Sink -----------------------------------------------------------------------------------------------
+
+    def wants_statistics(self) -> bool:
+        return self.steps % self.factor_every == 0
+
+    def add_rows(self, layer: int, inputs: Tensor | None, gradient: Tensor) -> None:
+        self.factors.add_rows(layer, inputs, gradient)
+
+    def add_terms(self, terms: Tensor) -> None:
+        self.factors.add_terms(terms)
+
+    # ---- about it ---------------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""
+        return Report(self._rows)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def _warn_about_unseen_layers(self) -> None:
+        for i, layer in enumerate(self.layers):
+            if self._capture.closed or i in self._warned_about or layer.weight.grad is None or self.factors.seen(i):
+                continue
+            self._warned_about.add(i)
+            warnings.warn(
+                f"layer {layer.name} has a gradient but no curvature statistics; it takes the plain gradient until it "
+                "has some. Causes: the model's forward() was not called (only parts of it), reentrant activation "
+                "checkpointing (pass use_reentrant=False), or torch.compile before the optimizer was made",
+                KFACWarning,
+                stacklevel=3,
+            )
+
+
+# ---- discovery ------------------------------------------------------------------------------------------------------
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("model must not be a DataParallel: its replicas carry no hooks; use DistributedDataParallel")
+    # Hooks go on the inner module: an extra backward pass started from the wrapper corrupts static graphs.
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _discover(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> tuple[list[Row], list[Layer]]:
+    """A report row for every parameter of the model, and the layers that are preconditioned."""
+    allowed = None if parameters is None else {id(p) for p in parameters}
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                uses[id(p)] = uses.get(id(p), 0) + 1
+    rows: list[Row] = []
+    layers: list[Layer] = []
+    listed: set[int] = set()
+    for name, module in model.named_modules():
+        found = layer_for(name, module)
+        if isinstance(found, Layer):
+            found = _reason_against(found, uses, allowed, layers) or found
+        if isinstance(found, Layer):
+            layers.append(found)
+        for parameter_name, p in module.named_parameters(recurse=False):
+            if id(p) in listed:
+                continue
+            listed.add(id(p))
+            rows.append(Row.of(f"{name}.{parameter_name}".lstrip("."), p, found))
+    return rows, layers
+
+
+def _reason_against(layer: Layer, uses: dict[int, int], allowed: set[int] | None, layers: list[Layer]) -> str | None:
+    if any(uses[id(p)] > 1 for p in layer.parameters):
+        return "its weight is shared with another module"
+    if allowed is not None and any(id(p) not in allowed for p in layer.parameters):
+        return "its parameters are not all in this optimizer"
+    weight = layer.weight
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
+    if layers:
+        first = layers[0].weight
+        if weight.device != first.device or (weight.dtype == torch.float64) != (first.dtype == torch.float64):
+            return f"it is {weight.dtype} on {weight.device}, while the first layer is {first.dtype} on {first.device}"
+    return None
+
+
+# ---- checks of arguments --------------------------------------------------------------------------------------------
+
+
+def check_range(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises a ValueError that names the argument unless the number is in range."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    low = above is None or (number and value > above)
+    least = at_least is None or (number and value >= at_least)
+    high = below is None or (number and value < below)
+    if not (number and low and least and high):
+        bounds = [f"> {above:g}"] if above is not None else []
+        bounds += [f">= {at_least:g}"] if at_least is not None else []
+        bounds += [f"< {below:g}"] if below is not None else []
+        raise ValueError(f"{name} must be a number {' and '.join(bounds) or 'that is finite'}, got {name}={value!r}")
+
+
+def check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {name}={value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {name}={value!r}")

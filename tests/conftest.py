@@ -1,0 +1,110 @@
+"""Shared fixtures. The native test programs and the simulated CUDA module are built on first use, by CMake."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kfac_fast import _C, ops
+from kfac_fast.ops import native
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = Path(os.environ.get("KFAC_FAST_TEST_BUILD", ROOT / "build" / "tests"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also the exhaustive sweeps (make test-full)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    for item in items:
+        if "full" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="exhaustive: make test-full"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The folder with the native test programs and the simulated CUDA library, up to date."""
+    cmake = [sys.executable, "-m", "cmake"] if importlib.util.find_spec("cmake") else ["cmake"]
+    if not (BUILD / "build.ninja").exists():
+        subprocess.run([*cmake, "-S", ROOT / "tests", "-B", BUILD, "-G", "Ninja"], check=True)
+    subprocess.run([*cmake, "--build", BUILD], check=True)
+    return BUILD
+
+
+class Simulator:
+    """The CUDA sources on the CPU: their op table, and the order in which threads run."""
+
+    IN_ORDER, REVERSE, RANDOM = 0, 1, 2
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.simt_table.restype = ctypes.c_void_p
+        self._library.simt_launches.restype = ctypes.c_uint64
+        self.table = _C.table_at(self._library.simt_table())
+
+    def schedule(self, kind: int, seed: int = 0) -> None:
+        self._library.simt_schedule(kind, ctypes.c_uint64(seed))
+
+    def device(self, shared_bytes: int = 232448, multiprocessors: int = 132, capability: int = 90) -> None:
+        self._library.simt_device(shared_bytes, multiprocessors, capability)
+
+    def launches(self) -> int:
+        return self._library.simt_launches()
+
+
+@pytest.fixture(scope="session")
+def _simulator(built: Path) -> Simulator:
+    return Simulator(built / "libkfac_fast_simt.so")
+
+
+@pytest.fixture
+def simulator(_simulator: Simulator) -> Simulator:
+    """With its default device and random order."""
+    _simulator.device()
+    _simulator.schedule(Simulator.RANDOM, 1)
+    return _simulator
+
+
+@contextlib.contextmanager
+def cpu_table(table: _C.OpTable) -> Iterator[None]:
+    """Runs the ops on CPU tensors with another table."""
+    previous, native.cpu_table = native.cpu_table, table
+    try:
+        yield
+    finally:
+        native.cpu_table = previous
+
+
+BACKENDS = ["reference", *(table.name for table in _C.cpu_tables()), "simulated-cuda"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every implementation of the ops, one after the other: the same test body runs on all."""
+    if request.param == "reference":
+        with ops.use_reference():
+            yield request.param
+        return
+    if request.param == "simulated-cuda":
+        table = request.getfixturevalue("simulator").table
+    else:
+        table = next(table for table in _C.cpu_tables() if table.name == request.param)
+    with cpu_table(table):
+        yield request.param

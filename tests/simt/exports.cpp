@@ -1,0 +1,17 @@
+// C functions of the simulated CUDA backend, for ctypes (tests/conftest.py).
+#include "ops.h"
+#include "simt.h"
+
+extern "C" {
+
+// Address of the OpTable, for kfac_fast._C.table_at.
+const void* simt_table() { return &kfac_fast::cuda_table(); }
+
+void simt_schedule(int kind, uint64_t seed) { simt_set_schedule(kind, seed); }
+
+void simt_device(int shared_bytes_per_block, int multiprocessors, int compute_capability) {
+  simt_set_device(shared_bytes_per_block, multiprocessors, compute_capability);
+}
+
+uint64_t simt_launches() { return simt_launch_count(); }
+}
