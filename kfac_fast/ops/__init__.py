@@ -14,13 +14,14 @@ arguments are checked here, once, for every backend. Nothing is differentiable.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, native, reference
+from . import checks, native, reference, schema
 from .blocks import BlockDiagonal
 from .reference import Gradient
 from .rows import ConvRows
@@ -273,3 +274,6 @@ def precondition(
                         f"out[{i}] must have the shape {tuple(g.shape)} of grads[{i}], got {tuple(r.shape)}"
                     )
     return Preconditioned(list(out), _backend.precondition(grads, g_inverse, a_inverse, out))
+
+
+schema.implementation = sys.modules[__name__]  # torch.ops.kfac_fast.*, for torch.compile
