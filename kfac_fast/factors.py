@@ -74,6 +74,11 @@ class Factors:
     def has_pending(self) -> bool:
         return bool(self._queue) or self._dirty
 
+    def blocks_of(self, layer: int) -> range:
+        """The blocks of a layer, as positions among the A."""
+        first = self.first_block[layer]
+        return range(first, first + self._layers[layer].blocks)
+
     def seen(self, layer: int) -> bool:
         """Whether the layer has rows waiting for the next commit."""
         return self._rows[self.first_block[layer]] > 0

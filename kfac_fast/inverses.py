@@ -47,7 +47,8 @@ class Inverses:
         sizes = torch.tensor(factors.running.sizes, dtype=factors.running.dtype)
         self._sizes = sizes.to(factors.running.device)
         self.failures = torch.zeros(2 * count, dtype=torch.int32, device=self._sizes.device)  # by factor
-        self._good = [False] * (2 * count)  # has an inverse of a committed factor
+        # Whether there is an inverse of a committed factor: on the CPU, where asking does not wait.
+        self.inverted = torch.zeros(2 * count, dtype=torch.bool)
         self._info: Tensor | None = None  # of the last update, not yet read by the host
         self._warned: set[int] = set()
 
@@ -65,11 +66,11 @@ class Inverses:
         running = self._factors.running
         damping = self.damping(gamma)
         _, info = ops.damped_inverse(running, damping, self.inverse)
-        if running.device.type == "cpu" or not all(self._good):
+        if running.device.type == "cpu" or not bool(self.inverted.all()):
             # The first update has no last good inverse to fall back on, so here the host waits on any device.
             for block in info.nonzero().flatten().tolist():
                 self._rescue(block, float(damping[block]))
-            self._good = [good or k > 0 for good, k in zip(self._good, self._factors.updates.tolist(), strict=True)]
+            self.inverted |= (self._factors.updates > 0).cpu()
             return
         first = info.clone()
         for attempt in range(1, RETRIES + 1):
@@ -113,7 +114,7 @@ class Inverses:
             self._keep_last(block)
 
     def _keep_last(self, block: int) -> None:
-        if self._good[block]:
+        if bool(self.inverted[block]):
             self._warn(block, "kept its last good inverse")
             return
         partner = (block + self._factors.count) % (2 * self._factors.count)

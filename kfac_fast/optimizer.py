@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import check_layer_state, counters, layer_state, load_counters, load_layer_state
 from .likelihoods import Likelihood
 from .ops.native import read_if_free
 from .preconditioner import Preconditioner, check_range
@@ -224,6 +225,53 @@ class KFAC(torch.optim.Optimizer):
         if gate is not None:
             directions = list(torch._foreach_mul(directions, gate.to(directions[0].dtype)))
         torch._foreach_add_(params, directions, alpha=-lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers: momentum and, under each layer's weight, factors, inverses in use and counters.
+
+        Loading it continues the run bit for bit on the CPU. Statistics of a backward pass whose step has not been made
+        are not part of it.
+        """
+        state = super().state_dict()
+        position = self._positions()
+        for i, layer in enumerate(self.preconditioner.layers):
+            state["state"].setdefault(position[id(layer.weight)], {}).update(layer_state(self.preconditioner, i))
+        state["param_groups"][0].update(counters(self.preconditioner))
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave, on any device. Nothing is changed unless everything fits.
+
+        Raises:
+            ValueError: Other groups, missing entries or other shapes; the message names the layer.
+        """
+        position = self._positions()
+        plain = {**state_dict, "state": {}, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
+        values = {key: plain["param_groups"][0].pop(key, None) for key in ("step", "inversions", "sampler")}
+        if None in values.values():
+            raise ValueError("state_dict has no 'step', 'inversions' and 'sampler': it is truncated or not of a KFAC")
+        for i, layer in enumerate(self.preconditioner.layers):
+            check_layer_state(self.preconditioner, i, state_dict["state"].get(position[id(layer.weight)], {}))
+        by_position = {position[id(p)]: p for group in self.param_groups for p in group["params"]}
+        for at, entry in state_dict["state"].items():
+            buffer = entry.get("momentum_buffer")
+            if buffer is not None and buffer.shape != by_position[at].shape:
+                raise ValueError(f"state_dict has a momentum_buffer of shape {tuple(buffer.shape)} for parameter {at}")
+        super().load_state_dict(plain)
+        # Not left to the base class, which would cast float32 state to the dtype of the parameters.
+        for at, entry in state_dict["state"].items():
+            p = by_position[at]
+            if "momentum_buffer" in entry:
+                dtype = self.preconditioner.results_flat.dtype if id(p) in self._natural else p.dtype
+                self.state[p]["momentum_buffer"] = entry["momentum_buffer"].to(p.device, dtype, copy=True)
+        for i, layer in enumerate(self.preconditioner.layers):
+            load_layer_state(self.preconditioner, i, state_dict["state"][position[id(layer.weight)]])
+        load_counters(self.preconditioner, values)
+
+    def _positions(self) -> dict[int, int]:
+        """Number of every parameter in `state_dict`, by identity."""
+        return {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
     def report(self) -> Report:
         """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""

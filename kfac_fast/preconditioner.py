@@ -86,10 +86,10 @@ class Preconditioner:
         self.inverse_every = inverse_every
         self.kl_clip = kl_clip
         self.steps = 0
-        self._inversions = 0
+        self.inversions = 0
         self._model = _inner(model)
         self._rows, self.layers = _discover(self._model, parameters)
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self.generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
         self._warned_about: set[int] = set()
         example = self.layers[0].weight if self.layers else torch.zeros(())
@@ -115,7 +115,7 @@ class Preconditioner:
             for matrix in layer.matrices(next(views), next(views) if layer.bias is not None else None)
         ]
         self._capture = Capture(
-            self._model, self.layers, as_likelihood(likelihood), fisher, self, outputs, self._generator
+            self._model, self.layers, as_likelihood(likelihood), fisher, self, outputs, self.generator
         )
 
     # ---- use --------------------------------------------------------------------------------------------------------
@@ -154,8 +154,8 @@ class Preconditioner:
         if self.steps % self.factor_every == 0:
             self._warn_about_unseen_layers()
             self.factors.commit()
-        if self.steps % self.inverse_every == 0 or self._inversions < ALWAYS_INVERT_FIRST:
-            self._inversions += 1
+        if self.steps % self.inverse_every == 0 or self.inversions < ALWAYS_INVERT_FIRST:
+            self.inversions += 1
             per_layer = [damping] * len(self.layers) if isinstance(damping, (int, float)) else damping
             gamma = [math.sqrt(x) for x, layer in zip(per_layer, self.layers, strict=True) for _ in range(layer.blocks)]
             data = self.factors.running.data
@@ -194,10 +194,11 @@ class Preconditioner:
         """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""
         return Report(self._rows)
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The generator that draws targets on a device."""
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self.generators[device]
 
     def _warn_about_unseen_layers(self) -> None:
         for i, layer in enumerate(self.layers):

@@ -75,7 +75,7 @@ def factor_update_(
 
 
 @factor_update_.register_fake
-def _(factors, sizes, rows, geometry, decay, scale, bias, weights):  # type: ignore[no-untyped-def]
+def _(factors, sizes, rows, geometry, decay, scale, bias, weights):
     return factors.new_empty(len(sizes)), factors.new_empty(len(sizes), dtype=torch.int32)
 
 
@@ -87,7 +87,7 @@ def commit_(
 
 
 @commit_.register_fake
-def _(factors, pending, sizes, decay, scale, gate):  # type: ignore[no-untyped-def]
+def _(factors, pending, sizes, decay, scale, gate):
     return factors.new_empty(len(sizes))
 
 
@@ -98,7 +98,7 @@ def damped_inverse(blocks: Tensor, sizes: Sequence[int], damping: Tensor) -> tup
 
 
 @damped_inverse.register_fake
-def _(blocks, sizes, damping):  # type: ignore[no-untyped-def]
+def _(blocks, sizes, damping):
     return torch.empty_like(blocks), blocks.new_empty(len(sizes), dtype=torch.int32)
 
 
@@ -115,7 +115,7 @@ def damped_inverse_(
 
 
 @damped_inverse_.register_fake
-def _(blocks, sizes, damping, out, info, retry):  # type: ignore[no-untyped-def]
+def _(blocks, sizes, damping, out, info, retry):
     return None
 
 
@@ -136,6 +136,6 @@ def precondition(
 
 
 @precondition.register_fake
-def _(grads, biases, g_inverse, g_sizes, a_inverse, a_sizes):  # type: ignore[no-untyped-def]
+def _(grads, biases, g_inverse, g_sizes, a_inverse, a_sizes):
     results = [torch.empty_like(t) for t in [*grads, *(b for b in biases if b is not None)]]
     return results, g_inverse.new_empty(len(g_sizes))
