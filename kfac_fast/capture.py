@@ -11,11 +11,16 @@ How one forward and backward pass is seen (fisher = "mc" or "exact"):
    gradient, whatever the scale of the user's loss. Loss terms with an exactly zero gradient were ignored by the user's
    loss and do not count.
 
+With a fraction below 1 only the model's inputs are noted in forward, and step 3 runs the model again on that part of
+the batch (sec. 8 of the paper uses 1/8), with buffers and random generators restored: statistics then cost a fraction
+of a pass instead of a whole one.
+
 With fisher = "empirical" the gradients of the user's own pass are taken, by hooks on the modules' outputs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +32,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .layers import Layer
 from .likelihoods import Likelihood
+from .passes import ModelInputs, unnoticed
 
 FISHERS = ("mc", "exact", "empirical")
 
@@ -48,14 +54,16 @@ class Sink(Protocol):
 class _Call:
     layer: int
     inputs: Tensor
-    edge: GradientEdge
+    edge: GradientEdge | None  # None: its gradient is the one that is sent
 
 
 @dataclass(eq=False)
 class _Tape:
     """The calls of one forward pass of the model."""
 
+    inputs: ModelInputs
     calls: list[_Call] = field(default_factory=list)
+    used: bool = False  # a supported module took part
 
 
 class Capture:
@@ -66,6 +74,7 @@ class Capture:
         layers: Supported modules of the model.
         likelihood: What the outputs mean.
         fisher: "mc", "exact" or "empirical".
+        fraction: Of the examples of a batch that statistics are taken from, in (0, 1].
         sink: Receives the rows.
         outputs: Finds the output tensor in what the model returns; None accepts a tensor, ``.logits``,
             ``["logits"]`` and a sequence with exactly one floating-point tensor.
@@ -78,13 +87,16 @@ class Capture:
         layers: list[Layer],
         likelihood: Likelihood,
         fisher: str,
+        fraction: float,
         sink: Sink,
         outputs: Callable[[Any], Tensor] | None,
         generators: Callable[[torch.device], torch.Generator],
     ) -> None:
-        self._layers = layers
+        self._model = model
         self._likelihood = likelihood
         self._fisher = fisher
+        self._fraction = fraction
+        self._passes = 0  # made on a fraction of a batch
         self._sink = sink
         self._find_outputs = outputs or _find_outputs
         self._generators = generators
@@ -93,7 +105,7 @@ class Capture:
         self._in_extra_pass = False
         self._checked_gradient = False
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self, Capture._before_model)),
+            model.register_forward_pre_hook(_Hook(self, Capture._before_model), with_kwargs=True),
             *(
                 layer.module.register_forward_hook(_Hook(self, Capture._after_layer, index), with_kwargs=True)
                 for index, layer in enumerate(layers)
@@ -116,20 +128,27 @@ class Capture:
         """Drops the calls of forward passes whose backward pass never came."""
         for tape in list(self._tapes):
             tape.calls.clear()
+            tape.used = False
         self._open = None
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def _before_model(self, index: int, args: Any) -> None:
+    def _before_model(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._in_extra_pass:
+            return
         self._open = None
         if torch.is_grad_enabled() and self._sink.wants_statistics():
-            self._open = _Tape()
+            self._open = _Tape(ModelInputs(args, kwargs, 0))
 
     def _after_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tape = self._open
         if tape is None or not (isinstance(output, Tensor) and output.requires_grad):
             return
+        if self._fraction < 1 and not self._in_extra_pass:
+            tape.used = True
+            return
         inputs = args[0] if args else kwargs["input"]
+        tape.used = True
         call = _Call(index, inputs.detach(), get_gradient_edge(output))
         tape.calls.append(call)
         if self._fisher == "empirical":
@@ -137,20 +156,19 @@ class Capture:
             output.register_hook(lambda gradient: self._from_user(index, rows, gradient))
 
     def _after_model(self, index: int, args: Any, result: Any) -> None:
+        if self._in_extra_pass:
+            return  # `_run_part` opened the tape and closes it
         tape, self._open = self._open, None
-        if tape is None or not tape.calls or result is None:
+        if tape is None or not tape.used or result is None:
             return
         outputs = self._find_outputs(result)
         self._likelihood.check(outputs)
         if not outputs.requires_grad:
             return
         self._tapes.add(tape)
+        tape.inputs = dataclasses.replace(tape.inputs, size=len(outputs))
         number, values = outputs.output_nr, outputs.detach()
-        # The hook must not hold the edge of the tensor it is on: that cycle runs through C++ and is never collected.
-        own = outputs.grad_fn
-        own_calls = [i for i, call in enumerate(tape.calls) if call.edge.node is own]
-        for i in own_calls:
-            tape.calls[i].edge = None  # type: ignore[assignment] # its gradient is the one that is sent
+        _cut_own_edges(tape.calls, outputs)
         outputs.register_hook(lambda gradient: self._at_outputs(tape, number, values, gradient))
 
     # ---- backward ---------------------------------------------------------------------------------------------------
@@ -161,7 +179,7 @@ class Capture:
         self._sink.add_rows(layer, inputs, gradient.detach())
 
     def _at_outputs(self, tape: _Tape, number: int, outputs: Tensor, gradient: Tensor) -> None:
-        if self._in_extra_pass or not tape.calls:
+        if self._in_extra_pass or not tape.used:
             return
         if torch.is_grad_enabled():
             raise RuntimeError(_CREATE_GRAPH)
@@ -169,23 +187,46 @@ class Capture:
         if not self._checked_gradient:
             self._check_gradient(outputs, gradient)
         counted = self._counted(outputs, gradient)
-        calls, tape.calls = tape.calls, []
+        calls, tape.calls, tape.used = tape.calls, [], False
         if self._fisher != "empirical":
             self._in_extra_pass = True
             try:
-                self._send(calls, number, outputs, counted)
+                if self._fraction < 1:
+                    counted = self._run_part(tape.inputs, counted)
+                else:
+                    self._send(calls, GradientEdge(torch._C._current_autograd_node(), number), outputs, counted)
             finally:
                 self._in_extra_pass = False
         self._sink.add_terms(counted.sum())
+
+    def _run_part(self, inputs: ModelInputs, counted: Tensor) -> Tensor:
+        """Runs the model on part of the batch and sends the gradients there; which loss terms of it count."""
+        if not inputs.divisible:
+            raise ValueError(
+                f"factor_fraction={self._fraction:g} needs a model input whose first dimension is the batch, like the "
+                f"outputs' ({inputs.size}); pass factor_fraction=1"
+            )
+        part, chosen = inputs.part(self._fraction, self._passes)
+        self._passes += 1
+        tape = _Tape(part)
+        with unnoticed(self._model), torch.enable_grad():
+            self._open = tape
+            try:
+                outputs = self._find_outputs(self._model(*part.args, **part.kwargs))
+            finally:
+                self._open = None
+            _cut_own_edges(tape.calls, outputs)
+            counted = counted[chosen]
+            self._send(tape.calls, outputs, outputs.detach(), counted)
+        return counted
 
     def _counted(self, outputs: Tensor, gradient: Tensor) -> Tensor:
         """Which loss terms count, in the shape of the terms."""
         used = self._likelihood.per_term((gradient != 0).to(torch.uint8)) != 0
         return used | self._likelihood.determined(outputs)
 
-    def _send(self, calls: list[_Call], number: int, outputs: Tensor, counted: Tensor) -> None:
+    def _send(self, calls: list[_Call], source: Tensor | GradientEdge, outputs: Tensor, counted: Tensor) -> None:
         """The extra pass: from the outputs to the output edge of every call."""
-        source = GradientEdge(torch._C._current_autograd_node(), number)
         edges = [call.edge for call in calls if call.edge is not None]
         mask = self._likelihood.spread(counted)
         first = True
@@ -231,6 +272,16 @@ class Capture:
                 "likelihood=Categorical(class_dim=…) if the classes are elsewhere, likelihood='bernoulli' for binary "
                 "targets, 'gaussian' for regression"
             )
+
+
+def _cut_own_edges(calls: list[_Call], outputs: Tensor) -> None:
+    """Marks calls whose output is what the outputs' gradient is sent to: they get that gradient itself.
+
+    A hook must not hold the edge of the tensor it is on: that cycle runs through C++ and is never collected.
+    """
+    for call in calls:
+        if call.edge is not None and call.edge.node is outputs.grad_fn:
+            call.edge = None
 
 
 class _Hook:

@@ -57,6 +57,9 @@ class KFAC(torch.optim.Optimizer):
             parameter gradients; "exact", one such pass per output, for small outputs; "empirical", the gradients of
             the training loss, no extra pass but a different matrix.
         decay: Running averages keep min(1 − 1/k, decay) of the old factors at the k-th update, in [0, 1).
+        factor_fraction: Part of each batch, in (0, 1], that the factors are taken from (sec. 8 uses 1/8). Below 1 the
+            model is run again on that part, with buffers and random generators restored, and the extra pass costs
+            that much less; normalisation layers then use the statistics of that part. "mc" and "exact" only.
         factor_every: Steps between updates of the factors; the steps between cost nothing extra.
         inverse_every: Steps between updates of the inverses; the first three steps always update them.
         kl_clip: κ > 0, or None for no clip: a step's lr²⟨V, U⟩, twice its predicted change of the predictive
@@ -85,6 +88,7 @@ class KFAC(torch.optim.Optimizer):
         likelihood: str | Likelihood = "categorical",
         fisher: str = "mc",
         decay: float = 0.95,
+        factor_fraction: float = 1.0,
         factor_every: int = 1,
         inverse_every: int = 10,
         kl_clip: float | None = 1e-3,
@@ -112,6 +116,7 @@ class KFAC(torch.optim.Optimizer):
             likelihood=likelihood,
             fisher=fisher,
             decay=decay,
+            factor_fraction=factor_fraction,
             factor_every=factor_every,
             inverse_every=inverse_every,
             loss_reduction=loss_reduction,

@@ -42,6 +42,7 @@ class Preconditioner:
         likelihood: "categorical", "bernoulli", "gaussian" or a `Likelihood`.
         fisher: "mc", "exact" or "empirical".
         decay: Largest weight of the old factors, ε_max in [0, 1).
+        factor_fraction: Part of each batch that the factors are taken from.
         factor_every: Steps between updates of the factors.
         inverse_every: Steps between updates of the inverses.
         kl_clip: κ > 0 bounds lr² ⟨∇, U⟩; needs ``lr`` in `step`. None does not clip.
@@ -63,6 +64,7 @@ class Preconditioner:
         likelihood: str | Likelihood = "categorical",
         fisher: str = "mc",
         decay: float = 0.95,
+        factor_fraction: float = 1.0,
         factor_every: int = 1,
         inverse_every: int = 10,
         kl_clip: float | None = None,
@@ -73,11 +75,14 @@ class Preconditioner:
     ) -> None:
         check_range("damping", damping, above=0.0)
         check_range("decay", decay, at_least=0.0, below=1.0)
+        check_range("factor_fraction", factor_fraction, above=0.0, at_most=1.0)
         check_count("factor_every", factor_every)
         check_count("inverse_every", inverse_every)
         if kl_clip is not None:
             check_range("kl_clip", kl_clip, above=0.0)
         check_choice("fisher", fisher, FISHERS)
+        if fisher == "empirical" and factor_fraction < 1:
+            raise ValueError(f"factor_fraction must be 1 with fisher='empirical', got {factor_fraction:g}")
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         if outputs is not None and not callable(outputs):
             raise TypeError(f"outputs must be a function, got {type(outputs).__name__}")
@@ -115,7 +120,7 @@ class Preconditioner:
             for matrix in layer.matrices(next(views), next(views) if layer.bias is not None else None)
         ]
         self._capture = Capture(
-            self._model, self.layers, as_likelihood(likelihood), fisher, self, outputs, self.generator
+            self._model, self.layers, as_likelihood(likelihood), fisher, factor_fraction, self, outputs, self.generator
         )
 
     # ---- use --------------------------------------------------------------------------------------------------------
@@ -276,16 +281,19 @@ def check_range(
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
 ) -> None:
     """Raises a ValueError that names the argument unless the number is in range."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     low = above is None or (number and value > above)
     least = at_least is None or (number and value >= at_least)
     high = below is None or (number and value < below)
-    if not (number and low and least and high):
+    most = at_most is None or (number and value <= at_most)
+    if not (number and low and least and high and most):
         bounds = [f"> {above:g}"] if above is not None else []
         bounds += [f">= {at_least:g}"] if at_least is not None else []
         bounds += [f"< {below:g}"] if below is not None else []
+        bounds += [f"<= {at_most:g}"] if at_most is not None else []
         raise ValueError(f"{name} must be a number {' and '.join(bounds) or 'that is finite'}, got {name}={value!r}")
 
 

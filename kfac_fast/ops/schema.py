@@ -50,7 +50,7 @@ def decode_rows(tensors: Sequence[Tensor], geometry: Sequence[int]) -> list[Tens
             rows.append(tensor)
             continue
         kernel, stride = take(dims), take(dims)
-        padding = [take(2) for _ in range(dims)]
+        padding = [(next(numbers), next(numbers)) for _ in range(dims)]
         dilation = take(dims)
         groups, mode = take(2)
         rows.append(ConvRows(tensor, kernel, stride, padding, dilation, groups, PADDING_MODES[mode]))

@@ -1,0 +1,70 @@
+"""Running the model again on part of a batch, so that nobody notices: for statistics and curvature products."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What a model was called with.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        size: Number of examples, the first dimension of the outputs.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    size: int
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the examples can be told apart: some tensor has them as its first dimension."""
+        return self.size > 1 and any(self._is_batched(leaf) for leaf in tree_leaves((self.args, self.kwargs)))
+
+    def part(self, fraction: float, offset: int) -> tuple[ModelInputs, slice]:
+        """About this fraction of the examples, evenly spread (a batch may be sorted), and which ones.
+
+        Args:
+            fraction: In (0, 1].
+            offset: Shifts the choice, so that successive steps see different examples.
+        """
+        stride = max(1, min(round(1 / fraction), self.size))
+        chosen = slice(offset % stride, None, stride)
+
+        def take(leaf: Any) -> Any:
+            return leaf[chosen] if self._is_batched(leaf) else leaf
+
+        args, kwargs = tree_map(take, (self.args, self.kwargs))
+        return ModelInputs(args, kwargs, len(range(self.size)[chosen])), chosen
+
+    def _is_batched(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.size
+
+
+@contextlib.contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """Restores the model's buffers (running statistics) and the random generators on leaving."""
+    # Copies stand in for the buffers. Writing the old values back instead would count as a change of tensors that a
+    # backward pass under way has saved.
+    originals = [
+        (m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items() if buffer is not None
+    ]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    for module, name, buffer in originals:
+        module._buffers[name] = buffer.clone()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, name, buffer in originals:
+            module._buffers[name] = buffer
