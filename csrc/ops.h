@@ -43,7 +43,8 @@ struct Rows {
   const Conv* conv = nullptr;  // [host] null for plain rows
 };
 
-// C_i <- decay_i C_i + scale_i X_i^T X_i for every block i, both triangles written, exactly symmetric.
+// C_i <- decay_i C_i + scale_i X_i^T X_i for every block i, both triangles written, exactly symmetric. decay_i = 0
+// overwrites C_i, whatever it was, as beta = 0 does in BLAS; so does Commit.
 // f64 rows are accumulated in f64, all others in f32 (the dtype of the factors says which).
 struct FactorUpdate {
   const Plan& plan;
@@ -94,7 +95,7 @@ struct Matrix {
 };
 
 // U_i = G_i^-1 V_i A_i^-1, and dot_i = <V_i, U_i>. Products are accumulated in the dtype of the inverses, which are
-// symmetric. U_i may be V_i itself (same data pointer and strides): V_i is read for the dot before it is overwritten.
+// symmetric; the dot takes U_i before it is rounded to its dtype. U_i may be V_i itself (same data pointer and strides): V_i is read for the dot before it is overwritten.
 struct Precondition {
   const Plan& g_plan;       // sizes are the rows of V_i
   const Plan& a_plan;       // sizes are the columns of V_i, with the bias column

@@ -9,6 +9,7 @@ import sys
 import torch  # noqa: F401 - first: the loader then shares torch's OpenMP runtime with _C
 
 from . import _C, ops
+from .adaptive import Adaptive
 from .diagnostics import show_config
 from .inverses import KFACWarning
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -19,6 +20,7 @@ from .preconditioner import Preconditioner
 __version__: str = _C.__version__
 __all__ = [
     "KFAC",
+    "Adaptive",
     "Bernoulli",
     "BlockDiagonal",
     "Categorical",

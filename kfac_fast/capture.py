@@ -20,6 +20,7 @@ With fisher = "empirical" the gradients of the user's own pass are taken, by hoo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class _Tape:
     """The calls of one forward pass of the model."""
 
     inputs: ModelInputs
+    statistics: bool
     calls: list[_Call] = field(default_factory=list)
     used: bool = False  # a supported module took part
 
@@ -93,17 +95,20 @@ class Capture:
         generators: Callable[[torch.device], torch.Generator],
     ) -> None:
         self._model = model
-        self._likelihood = likelihood
+        self.likelihood = likelihood
         self._fisher = fisher
         self._fraction = fraction
         self._passes = 0  # made on a fraction of a batch
         self._sink = sink
-        self._find_outputs = outputs or _find_outputs
+        self.find_outputs = outputs or _find_outputs
         self._generators = generators
         self._open: _Tape | None = None  # of the forward pass that is running
         self._tapes: weakref.WeakSet[_Tape] = weakref.WeakSet()
         self._in_extra_pass = False
         self._checked_gradient = False
+        # Inputs and counted loss terms of the forward passes since `forget` that were followed by a backward pass.
+        self.keep_batches = False
+        self.batches: list[tuple[ModelInputs, Tensor]] = []
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, Capture._before_model), with_kwargs=True),
             *(
@@ -130,6 +135,16 @@ class Capture:
             tape.calls.clear()
             tape.used = False
         self._open = None
+        self.batches = []
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, forward and backward passes of the model are not looked at."""
+        before, self._in_extra_pass = self._in_extra_pass, True
+        try:
+            yield
+        finally:
+            self._in_extra_pass = before
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
@@ -137,18 +152,18 @@ class Capture:
         if self._in_extra_pass:
             return
         self._open = None
-        if torch.is_grad_enabled() and self._sink.wants_statistics():
-            self._open = _Tape(ModelInputs(args, kwargs, 0))
+        wanted = self._sink.wants_statistics()
+        if torch.is_grad_enabled() and (wanted or self.keep_batches):
+            self._open = _Tape(ModelInputs(args, kwargs, 0), wanted)
 
     def _after_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tape = self._open
         if tape is None or not (isinstance(output, Tensor) and output.requires_grad):
             return
-        if self._fraction < 1 and not self._in_extra_pass:
-            tape.used = True
+        tape.used = True
+        if not self._in_extra_pass and (self._fraction < 1 or not tape.statistics):
             return
         inputs = args[0] if args else kwargs["input"]
-        tape.used = True
         call = _Call(index, inputs.detach(), get_gradient_edge(output))
         tape.calls.append(call)
         if self._fisher == "empirical":
@@ -161,8 +176,8 @@ class Capture:
         tape, self._open = self._open, None
         if tape is None or not tape.used or result is None:
             return
-        outputs = self._find_outputs(result)
-        self._likelihood.check(outputs)
+        outputs = self.find_outputs(result)
+        self.likelihood.check(outputs)
         if not outputs.requires_grad:
             return
         self._tapes.add(tape)
@@ -188,6 +203,10 @@ class Capture:
             self._check_gradient(outputs, gradient)
         counted = self._counted(outputs, gradient)
         calls, tape.calls, tape.used = tape.calls, [], False
+        if self.keep_batches:
+            self.batches.append((tape.inputs, counted))
+        if not tape.statistics:
+            return
         if self._fisher != "empirical":
             self._in_extra_pass = True
             try:
@@ -208,11 +227,11 @@ class Capture:
             )
         part, chosen = inputs.part(self._fraction, self._passes)
         self._passes += 1
-        tape = _Tape(part)
+        tape = _Tape(part, statistics=True)
         with unnoticed(self._model), torch.enable_grad():
             self._open = tape
             try:
-                outputs = self._find_outputs(self._model(*part.args, **part.kwargs))
+                outputs = self.find_outputs(self._model(*part.args, **part.kwargs))
             finally:
                 self._open = None
             _cut_own_edges(tape.calls, outputs)
@@ -222,13 +241,13 @@ class Capture:
 
     def _counted(self, outputs: Tensor, gradient: Tensor) -> Tensor:
         """Which loss terms count, in the shape of the terms."""
-        used = self._likelihood.per_term((gradient != 0).to(torch.uint8)) != 0
-        return used | self._likelihood.determined(outputs)
+        used = self.likelihood.per_term((gradient != 0).to(torch.uint8)) != 0
+        return used | self.likelihood.determined(outputs)
 
     def _send(self, calls: list[_Call], source: Tensor | GradientEdge, outputs: Tensor, counted: Tensor) -> None:
         """The extra pass: from the outputs to the output edge of every call."""
         edges = [call.edge for call in calls if call.edge is not None]
-        mask = self._likelihood.spread(counted)
+        mask = self.likelihood.spread(counted)
         first = True
         for root in self._roots(outputs):
             root = torch.where(mask, root, torch.zeros_like(root))
@@ -244,13 +263,13 @@ class Capture:
     def _roots(self, outputs: Tensor) -> Iterator[Tensor]:
         """Output gradients whose outer products sum (exact) or average (mc) to the Fisher of the outputs."""
         if self._fisher == "mc":
-            yield self._likelihood.sample_gradient(outputs, self._generators(outputs.device))
+            yield self.likelihood.sample_gradient(outputs, self._generators(outputs.device))
             return
         # Positions of one example (pixels, tokens) may share rows below, where their gradients must not mix: one at a
         # time. Examples do not mix.
-        shape = self._likelihood.terms_shape(outputs)
+        shape = self.likelihood.terms_shape(outputs)
         positions = torch.Size(shape[1:]).numel()
-        for v in self._likelihood.fisher_root(outputs):
+        for v in self.likelihood.fisher_root(outputs):
             for position in range(positions):
                 if positions == 1:
                     yield v
@@ -258,16 +277,16 @@ class Capture:
                 only = torch.zeros(positions, dtype=torch.bool, device=v.device)
                 only[position] = True
                 only = only.view(shape[1:]).expand(shape)
-                yield torch.where(self._likelihood.spread(only), v, torch.zeros_like(v))
+                yield torch.where(self.likelihood.spread(only), v, torch.zeros_like(v))
 
     def _check_gradient(self, outputs: Tensor, gradient: Tensor) -> None:
         if not bool(gradient.isfinite().all()):
             return  # says nothing; the next one will
         self._checked_gradient = True
-        fits = self._likelihood.gradient_fits(outputs, gradient)
+        fits = self.likelihood.gradient_fits(outputs, gradient)
         if fits is not None and not bool(fits):
             raise ValueError(
-                f"the loss is not the negative log-likelihood of {self._likelihood!r}: its gradient with respect to "
+                f"the loss is not the negative log-likelihood of {self.likelihood!r}: its gradient with respect to "
                 f"outputs of shape {tuple(outputs.shape)} does not sum to zero over the classes. Pass "
                 "likelihood=Categorical(class_dim=…) if the classes are elsewhere, likelihood='bernoulli' for binary "
                 "targets, 'gaussian' for regression"

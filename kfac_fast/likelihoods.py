@@ -77,6 +77,18 @@ class Likelihood(ABC):
         """
         raise ValueError(f"fisher='exact' needs a closed form that {self!r} does not have; use fisher='mc'")
 
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """F_R v for every loss term, shaped like the outputs.
+
+        Default: the Hessian of −log p at sampled targets, whose mean is the Fisher. Where outputs are natural
+        parameters of an exponential family it does not depend on the targets at all.
+        """
+        with torch.enable_grad():
+            z = outputs.detach().requires_grad_()
+            nll = -self.log_prob(z, self.sample(z.detach())).sum()
+            gradient = torch.autograd.grad(nll, z, create_graph=True)[0]
+            return torch.autograd.grad(gradient, z, v.detach())[0]
+
     def determined(self, outputs: Tensor) -> Tensor:
         """Loss terms whose gradient may be zero in floating point although they count: `terms_shape`, bool.
 
@@ -172,6 +184,10 @@ class Categorical(Likelihood):
             v.select(dim, c).add_(1)
             yield v * p.select(dim, c).unsqueeze(dim).sqrt()
 
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        p = outputs.detach().softmax(self.dim(outputs))
+        return p * (v - self.spread(self.per_term(p * v)))
+
     def determined(self, outputs: Tensor) -> Tensor:
         return outputs.detach().float().softmax(self.dim(outputs)).amax(self.dim(outputs)) > 1 - 1e-6
 
@@ -208,6 +224,10 @@ class Bernoulli(Likelihood):
             v[..., c] = root[..., c]
             yield v
 
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        p = outputs.detach().sigmoid()
+        return p * (1 - p) * v
+
 
 class Gaussian(Likelihood):
     """A normal distribution around the outputs with known standard deviation.
@@ -240,6 +260,9 @@ class Gaussian(Likelihood):
             v = torch.zeros_like(outputs)
             v[..., c] = 1 / self.sigma
             yield v
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        return v / self.sigma**2
 
     def __repr__(self) -> str:
         return f"Gaussian(sigma={self.sigma:g})"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adaptive import CALIBRATION, Adaptive, AdaptiveRule
 from .checkpoint import check_layer_state, counters, layer_state, load_counters, load_layer_state
 from .likelihoods import Likelihood
 from .ops.native import read_if_free
@@ -49,7 +51,8 @@ class KFAC(torch.optim.Optimizer):
             KL clip shortens steps that would change the predictions too much, so the default serves most classifiers.
         momentum: In [0, 1).
         nesterov: Nesterov's momentum. Ignored where momentum is 0.
-        damping: λ > 0. Larger is closer to SGD; too small fits the noise of a batch, and in float32 fails.
+        damping: λ > 0; 0.03 unless given. Larger is closer to SGD; too small fits the noise of a batch, and in float32
+            fails. With ``adaptive`` the λ at the start; "auto", the default there, finds it on the first batch.
         weight_decay: Decoupled, ≥ 0: parameters shrink by lr · weight_decay a step.
         likelihood: What the outputs are parameters of: "categorical" (logits of a cross entropy), "bernoulli" (logits
             of a binary cross entropy), "gaussian" (a regression), or a `Likelihood` for anything else.
@@ -69,6 +72,10 @@ class KFAC(torch.optim.Optimizer):
             ``.logits``.
         maximize: Maximises the objective.
         seed: Of the generator that draws targets; the global generators are left alone.
+        adaptive: The rule of the paper for large batches: `step` takes a closure; learning rate, momentum and damping
+            set themselves (sec. 6, 7); ``lr``, ``momentum``, ``nesterov``, ``kl_clip`` and ``inverse_every`` are not
+            used, and ``weight_decay`` is an ℓ2 coefficient. True, or an `Adaptive` with other constants. The loss must
+            be the likelihood's negative log-likelihood at its scale: ``likelihood.loss`` is.
 
     Raises:
         ValueError: An argument out of range; the message names it and what was expected.
@@ -83,7 +90,7 @@ class KFAC(torch.optim.Optimizer):
         lr: float | Tensor = 0.03,
         momentum: float = 0.9,
         nesterov: bool = True,
-        damping: float = 0.03,
+        damping: float | str | None = None,
         weight_decay: float = 0.0,
         likelihood: str | Likelihood = "categorical",
         fisher: str = "mc",
@@ -96,9 +103,18 @@ class KFAC(torch.optim.Optimizer):
         outputs: Callable[[Any], Tensor] | None = None,
         maximize: bool = False,
         seed: int = 0,
+        adaptive: bool | Adaptive = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        config = Adaptive() if adaptive is True else adaptive or None
+        if config is not None and not isinstance(config, Adaptive):
+            raise TypeError(f"adaptive must be a bool or an Adaptive, got {type(adaptive).__name__}")
+        start = damping if damping is not None else (0.03 if config is None else "auto")
+        if start == "auto" and config is None:
+            raise ValueError("damping='auto' needs adaptive=True")
+        damping = CALIBRATION[0] if start == "auto" else start
+        check_range("damping", damping, above=0.0)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -112,7 +128,7 @@ class KFAC(torch.optim.Optimizer):
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
         self.preconditioner = Preconditioner(
             model,
-            damping=damping,
+            damping=float(damping),
             likelihood=likelihood,
             fisher=fisher,
             decay=decay,
@@ -124,6 +140,14 @@ class KFAC(torch.optim.Optimizer):
             seed=seed,
             parameters=[p for group in self.param_groups for p in group["params"]],
         )
+        self.rule: AdaptiveRule | None = None
+        if config is not None:
+            everything = [p for group in self.param_groups for p in group["params"]]
+            if len({group["weight_decay"] for group in self.param_groups}) > 1 or maximize:
+                raise ValueError("adaptive needs one weight_decay for all groups and maximize=False")
+            self.rule = AdaptiveRule(
+                self.preconditioner, everything, config, start, self.param_groups[0]["weight_decay"]
+            )
         self._natural = {id(p): i for i, p in enumerate(self.preconditioner.covered)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -132,17 +156,23 @@ class KFAC(torch.optim.Optimizer):
         _check_group(self.param_groups[-1])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, evaluate: Callable[[], Any] | None = None) -> Any:
         """One step.
 
         A gradient or natural gradient that is not finite changes nothing: parameters, momentum and factors stay.
 
         Args:
-            closure: Evaluates the model again and returns the loss; called once, with gradients enabled.
+            closure: Clears the gradients, evaluates the model, runs the backward pass and returns the loss, with
+                gradients enabled. Needed with ``adaptive``, which calls it again every ``t1`` steps.
+            evaluate: With ``adaptive``, the loss on the same batch without a backward pass, for those calls.
 
         Returns:
             What the closure returned, or None.
         """
+        if self.rule is not None:
+            if closure is None:
+                raise ValueError("step() needs a closure with adaptive=True")
+            return self.rule.step(closure, evaluate)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -242,6 +272,8 @@ class KFAC(torch.optim.Optimizer):
         for i, layer in enumerate(self.preconditioner.layers):
             state["state"].setdefault(position[id(layer.weight)], {}).update(layer_state(self.preconditioner, i))
         state["param_groups"][0].update(counters(self.preconditioner))
+        if self.rule is not None:
+            state["param_groups"][0]["adaptive"] = self.rule.state()
         return state
 
     @torch.no_grad()
@@ -253,6 +285,9 @@ class KFAC(torch.optim.Optimizer):
         """
         position = self._positions()
         plain = {**state_dict, "state": {}, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
+        adaptive = plain["param_groups"][0].pop("adaptive", None)
+        if (adaptive is None) != (self.rule is None):
+            raise ValueError("state_dict and optimizer must both be adaptive, or neither")
         values = {key: plain["param_groups"][0].pop(key, None) for key in ("step", "inversions", "sampler")}
         if None in values.values():
             raise ValueError("state_dict has no 'step', 'inversions' and 'sampler': it is truncated or not of a KFAC")
@@ -273,6 +308,8 @@ class KFAC(torch.optim.Optimizer):
         for i, layer in enumerate(self.preconditioner.layers):
             load_layer_state(self.preconditioner, i, state_dict["state"][position[id(layer.weight)]])
         load_counters(self.preconditioner, values)
+        if self.rule is not None:
+            self.rule.load_state(adaptive)
 
     def _positions(self) -> dict[int, int]:
         """Number of every parameter in `state_dict`, by identity."""
@@ -281,6 +318,20 @@ class KFAC(torch.optim.Optimizer):
     def report(self) -> Report:
         """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""
         return self.preconditioner.report()
+
+    def stats(self) -> dict[str, float]:
+        """Figures of the last adaptive step: loss, λ, γ, α, μ, M(δ) − M(0), and ρ where it was measured; else empty."""
+        return {} if self.rule is None else dict(self.rule.stats)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model has its averaged parameters (``Adaptive(averaging=0.99)``; sec. 8).
+
+        Raises:
+            RuntimeError: No average is kept.
+        """
+        if self.rule is None:
+            raise RuntimeError("no average is kept: pass adaptive=Adaptive(averaging=0.99)")
+        return self.rule.averaged()
 
     def close(self) -> None:
         """Removes every hook from the model; steps go on with the factors as they are."""

@@ -92,8 +92,8 @@ class Preconditioner:
         self.kl_clip = kl_clip
         self.steps = 0
         self.inversions = 0
-        self._model = _inner(model)
-        self._rows, self.layers = _discover(self._model, parameters)
+        self.model = _inner(model)
+        self._rows, self.layers = _discover(self.model, parameters)
         self.generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
         self._warned_about: set[int] = set()
@@ -119,8 +119,8 @@ class Preconditioner:
             for layer in self.layers
             for matrix in layer.matrices(next(views), next(views) if layer.bias is not None else None)
         ]
-        self._capture = Capture(
-            self._model, self.layers, as_likelihood(likelihood), fisher, factor_fraction, self, outputs, self.generator
+        self.capture = Capture(
+            self.model, self.layers, as_likelihood(likelihood), fisher, factor_fraction, self, outputs, self.generator
         )
 
     # ---- use --------------------------------------------------------------------------------------------------------
@@ -155,32 +155,42 @@ class Preconditioner:
         Returns:
             ⟨V, U⟩ of every block, on the device.
         """
-        self._capture.forget()
-        if self.steps % self.factor_every == 0:
+        self.capture.forget()
+        self.update_factors()
+        if self.steps % self.inverse_every == 0 or self.inversions < ALWAYS_INVERT_FIRST:
+            per_layer = [damping] * len(self.layers) if isinstance(damping, (int, float)) else damping
+            self.update_inverses([math.sqrt(x) for x in per_layer])
+        self.steps += 1
+        return self.precondition([p.grad for p in self.covered])
+
+    def update_factors(self) -> None:
+        """Commits the statistics gathered since the last step, if they are due."""
+        if self.wants_statistics():
             self._warn_about_unseen_layers()
             self.factors.commit()
-        if self.steps % self.inverse_every == 0 or self.inversions < ALWAYS_INVERT_FIRST:
-            self.inversions += 1
-            per_layer = [damping] * len(self.layers) if isinstance(damping, (int, float)) else damping
-            gamma = [math.sqrt(x) for x, layer in zip(per_layer, self.layers, strict=True) for _ in range(layer.blocks)]
-            data = self.factors.running.data
-            self.inverses.update(torch.tensor(gamma, dtype=data.dtype).to(data.device, non_blocking=True))
-        self.steps += 1
-        return ops.precondition(self._gradients(), self.inverses.g, self.inverses.a, out=self._result_matrices).dot
 
-    def _gradients(self) -> list[ops.Gradient]:
+    def update_inverses(self, gamma: Sequence[float]) -> None:
+        """Recomputes all inverses with γ, one per layer."""
+        self.inversions += 1
+        per_block = [x for x, layer in zip(gamma, self.layers, strict=True) for _ in range(layer.blocks)]
+        data = self.factors.running.data
+        self.inverses.update(torch.tensor(per_block, dtype=data.dtype).to(data.device, non_blocking=True))
+
+    def precondition(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Natural gradients of these gradients of `covered`, into `results`; ⟨V, U⟩ of every block."""
+        zero = self.results_flat.new_zeros(())
+        # A layer that took no part has no gradient: zeros without memory, in the dtype of its partner.
+        given = iter(zero.expand(p.shape) if g is None else g for p, g in zip(self.covered, gradients, strict=True))
         matrices: list[ops.Gradient] = []
         for layer in self.layers:
-            weight, bias = layer.weight, layer.bias
-            # A layer that took no part has no gradient: zeros without memory.
-            w = weight.grad if weight.grad is not None else self.results_flat.new_zeros(()).expand(weight.shape)
-            b = None if bias is None else (bias.grad if bias.grad is not None else w.new_zeros(()).expand(bias.shape))
-            matrices += layer.matrices(w, b)
-        return matrices
+            weight = next(given)
+            bias = next(given).to(weight.dtype) if layer.bias is not None else None
+            matrices += layer.matrices(weight, bias)
+        return ops.precondition(matrices, self.inverses.g, self.inverses.a, out=self._result_matrices).dot
 
     def close(self) -> None:
         """Removes every hook from the model. Factors and inverses stay; no new statistics are gathered."""
-        self._capture.close()
+        self.capture.close()
 
     # ---- capture.Sink -----------------------------------------------------------------------------------------------
 
@@ -207,7 +217,7 @@ class Preconditioner:
 
     def _warn_about_unseen_layers(self) -> None:
         for i, layer in enumerate(self.layers):
-            if self._capture.closed or i in self._warned_about or layer.weight.grad is None or self.factors.seen(i):
+            if self.capture.closed or i in self._warned_about or layer.weight.grad is None or self.factors.seen(i):
                 continue
             self._warned_about.add(i)
             warnings.warn(

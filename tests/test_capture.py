@@ -359,7 +359,7 @@ def test_a_dropped_optimizer_and_dropped_graphs_are_freed() -> None:
         del y
         gc.collect()
         assert node() is None
-    capture = weakref.ref(optimizer.preconditioner._capture)
+    capture = weakref.ref(optimizer.preconditioner.capture)
     del optimizer
     gc.collect()
     assert capture() is None

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "kfac_fast"
 
 # A stage imports only what stands before it.
 ORDER = [
-    "_C", "ops", "layers", "report", "likelihoods", "passes", "capture", "factors", "inverses", "preconditioner", "checkpoint", "optimizer",
+    "_C", "ops", "layers", "report", "likelihoods", "passes", "products", "capture", "factors", "inverses", "preconditioner", "checkpoint", "adaptive", "optimizer",
     "diagnostics",
 ]  # fmt: skip
 FREE = {"__init__", "__main__", "data"}

@@ -142,7 +142,7 @@ def test_one_bad_block_leaves_the_others_right(backend: str) -> None:
         assert info.tolist() == [0, k + 1, n, 1, 0]
         expected = torch.linalg.inv(good.double() + 0.1 * torch.eye(n))
         assert relative_error(inverse[0], expected) < 1e-5
-        assert torch.equal(inverse[0], inverse[4])
+        assert relative_error(inverse[4], expected) < 1e-5
         assert all(inverse[i].isnan().all() for i in (1, 2, 3))
 
 

@@ -436,4 +436,4 @@ def test_the_constructor_stays_small() -> None:
     import inspect
 
     parameters = inspect.signature(KFAC.__init__).parameters.values()
-    assert sum(p.kind is p.KEYWORD_ONLY for p in parameters) <= 17
+    assert sum(p.kind is p.KEYWORD_ONLY for p in parameters) <= 18

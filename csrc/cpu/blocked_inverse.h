@@ -50,7 +50,8 @@ inline void load_damped(const T* block, T damping, int64_t begin, int64_t end, T
     T* row = a + i * shape.ld();
     const int64_t length = i < n ? i + 1 : 0;
     for (int64_t j = 0; j < length; ++j) row[j] = block[i * n + j];
-    for (int64_t j = length; j < shape.ld() && j < i + kPanel<T>; ++j) row[j] = T(0);
+    const int64_t overhang = min(shape.ld(), i + kPanel<T>);
+    for (int64_t j = length; j < overhang; ++j) row[j] = T(0);
     if (i < n) row[i] += damping;
   }
 }

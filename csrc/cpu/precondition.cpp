@@ -36,14 +36,29 @@ struct Scratch {
   T* a_inverse = nullptr;  // [n, n]
   T* product = nullptr;    // [n, m] T^T
   T* dots = nullptr;       // [panels(m), panels(n)] <V, U> of each output tile
+};
 
-  static Scratch take(Arena& arena, int64_t m, int64_t n) {
-    Scratch scratch;
-    scratch.v = arena.take<T>(m * panels<T>(n) * kPanel<T>);
-    scratch.g_inverse = arena.take<T>(m * panels<T>(m) * kPanel<T>);
-    scratch.a_inverse = arena.take<T>(n * panels<T>(n) * kPanel<T>);
-    scratch.product = arena.take<T>(round_up(n, kPanel<T>) * panels<T>(m) * kPanel<T>);
-    scratch.dots = arena.take<T>(panels<T>(m) * panels<T>(n));
+// Elements of those arrays.
+template <typename T>
+struct Sizes {
+  int64_t v = 0, g_inverse = 0, a_inverse = 0, product = 0, dots = 0;
+
+  void include(Shape shape) {
+    const int64_t m_width = round_up(shape.m, kPanel<T>), n_width = round_up(shape.n, kPanel<T>);
+    v = max(v, shape.m * n_width);
+    g_inverse = max(g_inverse, shape.m * m_width);
+    a_inverse = max(a_inverse, shape.n * n_width);
+    product = max(product, n_width * m_width);
+    dots = max(dots, panels<T>(shape.m) * panels<T>(shape.n));
+  }
+
+  Scratch<T> take(Arena& arena) const {
+    Scratch<T> scratch;
+    scratch.v = arena.take<T>(v);
+    scratch.g_inverse = arena.take<T>(g_inverse);
+    scratch.a_inverse = arena.take<T>(a_inverse);
+    scratch.product = arena.take<T>(product);
+    scratch.dots = arena.take<T>(dots);
     return scratch;
   }
 };
@@ -160,15 +175,14 @@ void precondition_layer(const Precondition& op, int layer, const Scratch<T>& s, 
 
 template <typename T>
 void lay_out(const Precondition& op, int threads, Arena& arena, Scratch<T>* scratch) {
-  Shape own{0, 0}, largest{0, 0};
+  Sizes<T> own, all;
   for (int layer = 0; layer < op.g_plan.count(); ++layer) {
     const Shape shape = shape_of(op, layer);
-    largest = {max(largest.m, shape.m), max(largest.n, shape.n)};
-    if (!shape.for_team(threads)) own = {max(own.m, shape.m), max(own.n, shape.n)};
+    all.include(shape);
+    if (!shape.for_team(threads)) own.include(shape);
   }
   for (int thread = 0; thread < threads; ++thread) {
-    const Shape shape = thread == 0 ? largest : own;
-    const Scratch<T> mine = Scratch<T>::take(arena, shape.m, shape.n);
+    const Scratch<T> mine = (thread == 0 ? all : own).take(arena);
     if (scratch != nullptr) scratch[thread] = mine;
   }
 }

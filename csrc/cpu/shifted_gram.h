@@ -263,7 +263,7 @@ inline void ShiftedGram<T>::scatter(const T* blocks, int64_t a, int64_t b, T* su
   if (!bias || a != b) return;
   const int64_t last = conv.channels * offsets();
   for (int64_t e = 0; e < conv.channels; ++e) sum[last * ld + e * offsets() + b] = at(conv.channels, e);
-  sum[last * ld + last] = at(conv.channels, conv.channels);
+  if (b == 0) sum[last * ld + last] = at(conv.channels, conv.channels);  // the same in every window
 }
 
 // The working memory of one such update.

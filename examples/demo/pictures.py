@@ -72,7 +72,7 @@ def draw_reconstructions(path: Path, task: Task, shown: list[Run], columns: int 
         figure.suptitle(f"{task.title}: after {task.steps} steps", x=0.01, ha="left", fontsize=17, fontweight="bold")
         for panels, (name, row) in zip(grid, rows, strict=True):
             for axes, image in zip(panels, row, strict=True):
-                axes.imshow(image.view(28, 28), cmap="gray_r", vmin=0, vmax=1)
+                axes.imshow(image.view(28, 28).numpy(), cmap="gray_r", vmin=0, vmax=1)
                 axes.set(xticks=[], yticks=[])
                 axes.grid(False)
                 axes.spines[:].set(visible=True, color=GRID)
@@ -95,22 +95,22 @@ def _draw(axes: Axes, lines: list[tuple[Run, Sequence[float], Sequence[float]]],
 
 
 def _limit_losses(axes: Axes, task: Task, shown: list[Run]) -> None:
-    """Cuts off the first steps' peaks, which would press the rest into a corner, and draws the loss to compare with."""
+    """Cuts off the first steps' peaks, which would press the rest into a corner, and draws the plateau."""
     lowest = min(min(run.loss) for run in shown)
-    if task.floor is None:
+    if task.plateau is None:
         axes.set_ylim(lowest / 1.3, 1.3 * max(run.loss[0] for run in shown))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         return
-    name, floor = task.floor
+    name, plateau = task.plateau
     axes.set_yscale("linear")
-    axes.set_ylim(lowest - 0.04 * floor, 1.25 * floor)
-    axes.axhline(floor, color=MUTED, lw=1.2, ls=(0, (4, 3)), zorder=0)
+    axes.set_ylim(lowest - 0.04 * plateau, 1.25 * plateau)
+    axes.axhline(plateau, color=MUTED, lw=1.2, ls=(0, (4, 3)), zorder=0)
     axes.annotate(
-        f"{name} {floor:.0f}",
-        (1, floor),
+        f"{name} {plateau:.0f}",
+        (1, plateau),
         xycoords=axes.get_yaxis_transform(),
-        xytext=(-4, 4),
+        xytext=(-4, 8),
         textcoords="offset points",
         ha="right",
         color=MUTED,

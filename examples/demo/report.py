@@ -18,8 +18,8 @@ from .training import Run, Task
 
 def print_task(console: Console, task: Task, shown: list[Run]) -> None:
     """Prints the table of one part and what it shows; ``shown`` has one run per contender, K-FAC's first."""
-    title = f"\n{task.title}, batch {task.batch}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    console.print(f"\n{task.title}, batch {task.batch}\n", style="bold", highlight=False)
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("optimizer")
     table.add_column("best\nrate", justify="right")
     for mark in task.marks:
@@ -30,11 +30,11 @@ def print_task(console: Console, task: Task, shown: list[Run]) -> None:
     table.add_column("ms /\nstep", justify="right")
     for run in shown:
         table.add_row(*_row(task, run), style="bold" if run is shown[0] else "")
-    if task.floor is not None:
-        name, loss = task.floor
+    if task.plateau is not None:
+        name, loss = task.plateau
         table.add_row(name, "", *[_number(loss)] * len(task.marks), style="dim")
     console.print(table)
-    console.print("\n".join(notes(task, shown)), style="dim", highlight=False)
+    console.print("", *notes(task, shown), sep="\n", style="dim", highlight=False)
 
 
 def notes(task: Task, shown: list[Run]) -> list[str]:
@@ -60,10 +60,10 @@ def verdict(task: Task, shown: list[Run]) -> str:
     ]
     measured = len(kfac.steps) - 1
     text = f"K-FAC has the lowest loss at {len(ahead)} of the {measured} measured steps"
-    if task.floor is not None:
-        name, floor = task.floor
-        below = [run.contender for run in shown if run.loss[-1] < 0.98 * floor]
-        text += f"; more than 2 % below the {name}'s {floor:.1f} at the end: {', '.join(below) or 'nobody'}"
+    if task.plateau is not None:
+        name, plateau = task.plateau
+        below = [run.contender for run in shown if run.loss[-1] < 0.98 * plateau]
+        text += f"; more than 2 % below the {name}'s {plateau:.1f} at the end: {', '.join(below) or 'nobody'}"
     return text + "."
 
 
@@ -77,7 +77,7 @@ def write_json(path: Path, results: list[tuple[Task, list[Run]]]) -> None:
         },
         "parts": {task.name: _part(task, runs) for task, runs in results},
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content) + "\n")
 
 
 def _part(task: Task, runs: list[Run]) -> dict:
@@ -86,7 +86,7 @@ def _part(task: Task, runs: list[Run]) -> dict:
         "batch": task.batch,
         "threads": task.threads,
         "score": task.score_name,
-        "floor": dict([task.floor]) if task.floor else None,
+        "plateau": dict([task.plateau]) if task.plateau else None,
         "settings": {contender.name: contender.settings for contender in task.contenders},
         "runs": [
             {

@@ -23,9 +23,10 @@ def digits_task() -> Task:
 
     kfac = Contender(
         "K-FAC",
-        lambda model, rate: KFAC(model, lr=rate, damping=0.01, kl_clip=0.01, likelihood="categorical"),
+        lambda model, rate: KFAC(model, lr=rate, momentum=0.9, damping=0.01, kl_clip=0.01),
         rates=(0.1,),
-        settings="momentum 0.9, damping 0.01, KL clip 0.01",
+        # What the rivals' grids do in the open was done for K-FAC beforehand, with more values: the table must say so.
+        settings="momentum 0.9, damping 0.01, KL clip 0.01, chosen beforehand among some 45 settings",
     )
     return Task(
         name="digits",
@@ -53,9 +54,9 @@ def curves_task() -> Task:
     probe, test = data.train[:1000], data.test[:1000]
     kfac = Contender(
         "K-FAC",
-        lambda model, rate: KFAC(model, lr=rate, damping=0.03, kl_clip=0.01, likelihood="bernoulli"),
+        lambda model, rate: KFAC(model, lr=rate, momentum=0.9, damping=0.003, kl_clip=0.01, likelihood="bernoulli"),
         rates=(0.1,),
-        settings="momentum 0.9, damping 0.03, KL clip 0.01",
+        settings="momentum 0.9, damping 0.003, KL clip 0.01, chosen beforehand among some 30 settings",
     )
     mean_image = data.train.mean(0).expand_as(probe)  # the best that outputs without regard to the input can be
     return Task(
@@ -68,14 +69,14 @@ def curves_task() -> Task:
         test=(test, test),
         score=pixel_loss,
         score_name="test loss",
-        contenders=(kfac, *rivals((0.003, 0.01, 0.03), (0.003, 0.01, 0.03), (0.001, 0.003, 0.01))),
+        contenders=(kfac, *rivals((0.003, 0.01, 0.03, 0.1), (0.003, 0.01, 0.03, 0.1), (0.0003, 0.001, 0.003, 0.01))),
         batch=1000,
         steps=100,
         measure_every=5,
         marks=(20, 50, 100),
-        goals=(195.0, 180.0),
+        goals=(185.0, 160.0),
         threads=torch.get_num_threads(),
-        floor=("mean image", functional.binary_cross_entropy(mean_image, probe, reduction="sum").item() / len(probe)),
+        plateau=("mean image", functional.binary_cross_entropy(mean_image, probe, reduction="sum").item() / len(probe)),
     )
 
 

@@ -42,7 +42,7 @@ class Task:
     marks: tuple[int, ...]  # steps after which the table gives the loss
     goals: tuple[float, ...]  # losses that the table gives the seconds to
     threads: int
-    floor: tuple[str, float] | None = None  # a loss to compare with, and its name
+    plateau: tuple[str, float] | None = None  # the name of a loss that is hard to get below, and its value
 
 
 @dataclass
@@ -87,7 +87,6 @@ def train(task: Task, contender: Contender, rate: float, on_step: Callable[[], N
     The seconds count forward pass, backward pass and update. They leave out picking the batch and measuring. The
     optimizer gets a closure, which every torch optimizer takes and one that tries a step before it settles needs.
     """
-    torch.manual_seed(0)  # K-FAC samples targets from the model's own predictions
     model = task.model()
     optimizer = contender.make(model, rate)
     run = Run(contender.name, rate, model)

@@ -149,8 +149,7 @@ void check_factor_update(Tally& tally, const OpTable& table, std::vector<RowsCas
                    other_nonfinite.data()},
       1);
   const std::string where = std::string(table.name) + (sizeof(T) == 8 ? " f64 " : " f32 ") + name;
-  tally.check(std::memcmp(factors.data(), again.data(), sizeof(T) * factors.size()) == 0,
-              where + " does not depend on threads");
+  tally.check(identical(factors, again), where + " does not depend on threads");
 
   for (int b = 0; b < count; ++b) {
     const int64_t n = plan.size(b), m = rows[b].m;

@@ -92,14 +92,13 @@ void check_inverse(Tally& tally, const OpTable& table, const std::vector<int32_t
 
   InverseCase<T> alone(sizes, 1);
   alone.invert(table, 1);
-  tally.check(std::memcmp(alone.inverse.data(), given.inverse.data(), sizeof(T) * given.inverse.size()) == 0,
-              where + "does not depend on threads");
+  tally.check(identical(alone.inverse, given.inverse), where + "does not depend on threads");
   InverseCase<T> in_place(sizes, 1);
   in_place.invert(table, threads, false, true, true);
   bool same = true;
   for (int b = 0; b < given.plan.count(); ++b) {
     const int64_t n = given.plan.size(b);
-    same = same && std::memcmp(in_place.block(b), given.result(b), sizeof(T) * n * n) == 0;
+    same = same && identical(in_place.block(b), given.result(b), n * n);
   }
   tally.check(same, where + "in place");
 }
@@ -127,9 +126,8 @@ void check_failures(Tally& tally, const OpTable& table, int32_t n, int threads) 
       const T* result = given.result(static_cast<int>(b));
       const int64_t numel = int64_t{n} * n;
       if (b % 2 == 0) {
-        tally.check(
-            given.info[b] == 0 && std::memcmp(result, expected.result(static_cast<int>(b)), sizeof(T) * numel) == 0,
-            what + " neighbours untouched");
+        tally.check(given.info[b] == 0 && identical(result, expected.result(static_cast<int>(b)), numel),
+                    what + " neighbours untouched");
         continue;
       }
       tally.check(given.info[b] == at[b] + 1, what + " info of kind " + std::to_string(kind) + ": " +

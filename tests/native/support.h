@@ -142,6 +142,17 @@ inline void Array::set(int64_t i, double value) {
   std::memcpy(p, &bits, 2);
 }
 
+// Equal bit by bit, NaNs included.
+template <typename T>
+inline bool identical(const T* x, const T* y, int64_t count) {
+  return count == 0 || std::memcmp(x, y, sizeof(T) * static_cast<size_t>(count)) == 0;
+}
+
+template <typename T>
+inline bool identical(const std::vector<T>& x, const std::vector<T>& y) {
+  return x.size() == y.size() && identical(x.data(), y.data(), static_cast<int64_t>(x.size()));
+}
+
 inline bool close(double value, double expected, double tolerance) {
   return std::isnan(expected) ? std::isnan(value) : value == expected || std::fabs(value - expected) <= tolerance;
 }

@@ -1,0 +1,129 @@
+"""Ours beside a rival in the same run: alternating repeats, medians of ratios, one row per case."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from kfac_fast import __version__
+from kfac_fast.ops.native import cpu_table
+
+REPEATS = 11
+TARGET_SECONDS = 0.06  # of one timed stretch; long enough for the clock, short enough for a full table
+
+
+@dataclass
+class Row:
+    """One comparison. Times are seconds per call; ratio = rival / ours, so that larger is better."""
+
+    op: str
+    case: str
+    rival: str
+    ours_s: float
+    rival_s: float
+    ratio: float
+    ratio_p10: float
+    ratio_p90: float
+    bar: float | None
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> bool:
+        return self.bar is None or self.ratio >= self.bar
+
+
+def _stretch(run: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    return (time.perf_counter() - start) / count
+
+
+def _count_for(run: Callable[[], object]) -> int:
+    run()  # warm-up: first-touch memory, plans, thread pools
+    once = _stretch(run, 1)
+    return max(1, round(TARGET_SECONDS / max(once, 1e-7)))
+
+
+def compare(
+    op: str,
+    case: str,
+    rival_name: str,
+    ours: Callable[[], object],
+    rival: Callable[[], object],
+    bar: float | None = None,
+    **extra: float,
+) -> Row:
+    """Times both in turn and prints the row."""
+    counts = _count_for(ours), _count_for(rival)
+    times: list[tuple[float, float]] = []
+    for _ in range(REPEATS):
+        times.append((_stretch(ours, counts[0]), _stretch(rival, counts[1])))
+    ratios = sorted(r / o for o, r in times)
+    row = Row(
+        op,
+        case,
+        rival_name,
+        statistics.median(o for o, _ in times),
+        statistics.median(r for _, r in times),
+        statistics.median(ratios),
+        ratios[len(ratios) // 10],
+        ratios[-1 - len(ratios) // 10],
+        bar,
+        extra,
+    )
+    print(line(row), flush=True)
+    return row
+
+
+HEADER = f"{'op':<16}{'case':<34}{'ours':>11}{'rival':>11}{'ratio':>8}{'p10–p90':>13}{'bar':>7}"
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    bar = "" if row.bar is None else f"{row.bar:.2f}" + ("" if row.reached else " ✗")
+    spread = f"{row.ratio_p10:.2f}–{row.ratio_p90:.2f}"
+    extra = "".join(f"  {key} {value:.2f}" for key, value in row.extra.items())
+    return (
+        f"{row.op:<16}{row.case:<34}{_readable(row.ours_s):>11}{_readable(row.rival_s):>11}{row.ratio:>8.2f}"
+        f"{spread:>13}{bar:>7}{extra}"
+    )
+
+
+def _readable(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def machine() -> dict[str, object]:
+    """What the figures belong to."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [entry.split(":")[1].strip() for entry in cpuinfo.read_text().splitlines() if "model name" in entry]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "kernels": cpu_table.name,
+        "torch": torch.__version__,
+        "kfac_fast": __version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def save(rows: list[Row], path: Path) -> None:
+    """Writes the rows and the machine as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

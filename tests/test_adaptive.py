@@ -1,0 +1,295 @@
+"""The adaptive rule against closed forms: a quadratic, its minimiser, and each of its parts alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfac_fast import KFAC, Adaptive, Bernoulli, Categorical, Gaussian, Likelihood
+from kfac_fast.adaptive import CALIBRATION, AdaptiveRule, minimise_in_span
+from kfac_fast.passes import ModelInputs
+from kfac_fast.products import fisher_quadratic_forms
+
+DOUBLE = torch.float64
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class Quadratic:
+    """A linear network with squared error, whose loss is h(θ) = ½ θᵀFθ + …, F the exact Fisher, for one example each."""
+
+    def __init__(self, damping: float, weight_decay: float = 0.0, **constants: object) -> None:
+        self.model = nn.Linear(4, 3).double()
+        self.x = torch.randn(8, 4, dtype=DOUBLE)
+        self.y = torch.randn(8, 3, dtype=DOUBLE)
+        self.damping, self.eta = damping, weight_decay
+        config = Adaptive(**{"product_fraction": 1.0, "t1": 1, **constants})  # type: ignore[arg-type]
+        self.optimizer = KFAC(
+            self.model,
+            likelihood="gaussian",
+            fisher="exact",
+            damping=damping,
+            weight_decay=weight_decay,
+            adaptive=config,
+        )
+        rows = torch.cat([self.x, torch.ones(8, 1, dtype=DOUBLE)], 1)
+        order = [*(o * 5 + i for o in range(3) for i in range(4)), *(o * 5 + 4 for o in range(3))]
+        self.fisher = torch.kron(torch.eye(3, dtype=DOUBLE), rows.T @ rows / 8)[order][:, order]
+
+    def loss(self) -> Tensor:
+        return Gaussian().loss(self.model(self.x), self.y)
+
+    def closure(self) -> Tensor:
+        self.model.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+    def value(self) -> float:
+        return float(self.loss().detach()) + 0.5 * self.eta * float(flat(self.model).square().sum())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_on_a_quadratic_the_step_is_the_minimiser_in_the_span(weight_decay: float) -> None:
+    problem = Quadratic(0.3, weight_decay)
+    last = torch.zeros(15, dtype=DOUBLE)
+    for step in range(4):
+        theta, before = flat(problem.model), problem.value()
+        damping = problem.optimizer.rule.damping
+        problem.closure()
+        gradient = torch.cat([p.grad.flatten() for p in problem.model.parameters()]) + weight_decay * theta
+        problem.optimizer.step(problem.closure, problem.loss)
+        delta = flat(problem.model) - theta
+        direction = -torch.cat([u.flatten() for u in problem.optimizer.preconditioner.results])
+        span = torch.stack([direction] if step == 0 else [direction, last], 1)
+        b = problem.fisher + (damping + weight_decay) * torch.eye(15, dtype=DOUBLE)
+        best = span @ torch.linalg.solve(span.T @ b @ span, -span.T @ gradient)
+        assert torch.allclose(delta, best, atol=1e-10)
+        # ρ = 1 + λ|δ|²/|∇ᵀδ|: M carries ½λ|δ|² that h does not have.
+        expected = 1 + damping * float(delta @ delta) / abs(float(gradient @ delta))
+        assert problem.optimizer.stats()["ratio"] == pytest.approx(expected, rel=1e-8)
+        change = 0.5 * float(delta @ b @ delta) + float(gradient @ delta)
+        assert problem.optimizer.stats()["model_change"] == pytest.approx(change, rel=1e-8)
+        assert problem.value() < before
+        last = delta
+
+
+def test_minimiser_falls_back_to_one_direction() -> None:
+    one = minimise_in_span(torch.tensor([[2.0]], dtype=DOUBLE), torch.tensor([-4.0], dtype=DOUBLE))
+    assert (one.alpha, one.mu, one.change) == (2.0, 0.0, -4.0)
+    parallel = torch.tensor([[2.0, 4.0], [4.0, 8.0]], dtype=DOUBLE)
+    assert minimise_in_span(parallel, torch.tensor([-4.0, -8.0], dtype=DOUBLE)) == one
+    both = minimise_in_span(
+        torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=DOUBLE), torch.tensor([-2.0, 4.0], dtype=DOUBLE)
+    )
+    assert (both.alpha, both.mu, both.change) == (1.0, -1.0, -3.0)
+    nothing = minimise_in_span(torch.tensor([[0.0]], dtype=DOUBLE), torch.tensor([0.0], dtype=DOUBLE))
+    assert (nothing.alpha, nothing.change) == (0.0, 0.0)
+    broken = minimise_in_span(torch.tensor([[math.nan]], dtype=DOUBLE), torch.tensor([1.0], dtype=DOUBLE))
+    assert broken.alpha == 0.0
+
+
+@pytest.mark.parametrize(
+    ("after", "factor"),
+    [(lambda m: 0.9 * m, 0.95**5), (lambda m: 0.5 * m, 1.0), (lambda m: 0.1 * m, 0.95**-5), (lambda m: -m, 0.95**-5)],
+)
+def test_levenberg_marquardt(after: Callable[[float], float], factor: float) -> None:
+    """λ falls where M is right (ρ > ¾), grows where it is wrong (ρ < ¼)."""
+    problem = Quadratic(0.3, t1=5)
+    rule = problem.optimizer.rule
+    for _ in range(4):
+        problem.optimizer.step(problem.closure)
+    assert rule.damping == 0.3
+    values = []
+
+    def evaluate() -> Tensor:
+        values.append(None)
+        return torch.tensor(start + after(rule.stats["model_change"]), dtype=DOUBLE)
+
+    start = problem.value()
+    problem.optimizer.step(problem.closure, evaluate)
+    assert len(values) == 1
+    assert rule.damping == pytest.approx(0.3 * factor)
+
+
+def test_gamma_search_takes_the_lowest_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Quadratic(0.3, gamma="search", t2=2, t3=2)
+    rule = problem.optimizer.rule
+    tried: list[tuple[float, float]] = []
+    propose = AdaptiveRule._propose
+
+    def spy(self, gradient, batches):
+        result = propose(self, gradient, batches)
+        pre = self.preconditioner
+        a = pre.factors.running[0]
+        damped = torch.linalg.inv(pre.inverses.inverse[0]) - a  # πγ on the diagonal
+        pi = math.sqrt(float(a.trace() / 5) / float(pre.factors.running[1].trace() / 3))
+        tried.append((float(damped[0, 0]) / pi, result[1].change))
+        return result
+
+    for _ in range(4):
+        problem.optimizer.step(problem.closure, problem.loss)
+    gamma = rule.gamma
+    monkeypatch.setattr(AdaptiveRule, "_propose", spy)
+    problem.optimizer.step(problem.closure, problem.loss)
+    omega = math.sqrt(19 / 20) ** 2
+    assert [g for g, _ in tried] == pytest.approx([gamma, omega * gamma, gamma / omega])
+    assert rule.gamma == pytest.approx(min(tried, key=lambda t: t[1])[0])
+    inverse = torch.linalg.inv(problem.optimizer.preconditioner.inverses.inverse[0])
+    pi_gamma = float((inverse - problem.optimizer.preconditioner.factors.running[0])[0, 0])
+    assert pi_gamma == pytest.approx(rule.gamma * pi_gamma / min(tried, key=lambda t: t[1])[0])
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "root"),
+    [
+        (Categorical(), lambda z: torch.diag(z.softmax(0)) - torch.outer(z.softmax(0), z.softmax(0))),
+        (Bernoulli(), lambda z: torch.diag(z.sigmoid() * (1 - z.sigmoid()))),
+        (Gaussian(0.5), lambda z: 4 * torch.eye(3, dtype=DOUBLE)),
+    ],
+)
+def test_fisher_forms_are_the_exact_ones(likelihood: Likelihood, root: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(6, 4, dtype=DOUBLE)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
+    j = torch.cat([jacobian[name].flatten(2) for name in parameters], -1)
+    counted = torch.tensor([True, True, False, True, True, True])
+    fisher = sum(jn.T @ root(z) @ jn for jn, z, c in zip(j, model(x).detach(), counted, strict=True) if c) / 5
+    directions = [{name: torch.randn_like(p) for name, p in parameters.items()} for _ in range(2)]
+    vectors = torch.stack([torch.cat([d[name].flatten() for name in parameters]) for d in directions])
+    forms = fisher_quadratic_forms(model, likelihood, lambda y: y, ModelInputs((x,), {}, 6), counted, directions)
+    assert torch.allclose(forms, vectors @ fisher @ vectors.T, atol=1e-12)
+
+
+def test_products_leave_buffers_and_generators_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    directions = [{name: torch.randn_like(p) for name, p in model.named_parameters()}]
+    torch.set_rng_state(state)
+    counted = torch.ones(6, dtype=torch.bool)
+    x = torch.randn(6, 4, dtype=DOUBLE)
+    state = torch.get_rng_state()
+    fisher_quadratic_forms(model, Gaussian(), lambda y: y, ModelInputs((x,), {}, 6), counted, directions)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+def network_and_optimizer(**options: object) -> tuple[nn.Module, KFAC]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
+    return model, KFAC(model, adaptive=Adaptive(t1=2, t2=4, averaging=0.9), **options)  # type: ignore[arg-type]
+
+
+def train(model: nn.Module, optimizer: KFAC, steps: range) -> list[float]:
+    losses = []
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=generator)
+    y = (x @ torch.randn(6, 3, generator=generator)).argmax(1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in steps:
+        losses.append(float(optimizer.step(closure).detach()))
+    return losses
+
+
+def test_it_trains_and_tells() -> None:
+    model, optimizer = network_and_optimizer()
+    losses = train(model, optimizer, range(40))
+    assert losses[-1] < 0.1 * losses[0]
+    assert {"loss", "damping", "gamma", "alpha", "mu", "model_change", "ratio"} <= set(optimizer.stats())
+    own = flat(model)
+    with optimizer.averaged():
+        assert not torch.equal(flat(model), own)
+    assert torch.equal(flat(model), own)
+
+
+def test_auto_damping_is_the_boldest_that_predicts_well() -> None:
+    model, optimizer = network_and_optimizer()
+    train(model, optimizer, range(1))
+    assert optimizer.rule.calibrated
+    assert optimizer.stats()["damping"] in CALIBRATION
+    assert optimizer.stats()["damping"] < CALIBRATION[0]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
+def test_resume_is_bit_exact(stop: int) -> None:
+    model, optimizer = network_and_optimizer()
+    train(model, optimizer, range(12))
+    expected = flat(model)
+    model, optimizer = network_and_optimizer()
+    train(model, optimizer, range(stop))
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    model, optimizer = network_and_optimizer()
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    train(model, optimizer, range(stop, 12))
+    assert torch.equal(flat(model), expected)
+
+
+def test_a_step_into_nan_is_taken_back_bit_for_bit() -> None:
+    model, optimizer = network_and_optimizer(damping=1.0)
+    train(model, optimizer, range(1))
+    before = flat(model)
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    damping = optimizer.rule.damping
+    optimizer.step(closure, lambda: torch.tensor(math.nan))
+    assert torch.equal(flat(model), before)
+    assert optimizer.rule.damping > damping
+    assert optimizer.rule.rejected == 1
+
+
+def test_a_nan_batch_changes_nothing_but_the_damping() -> None:
+    model, optimizer = network_and_optimizer(damping=1.0)
+    train(model, optimizer, range(3))
+    before, factors = flat(model), optimizer.preconditioner.factors.running.data.clone()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(torch.full((8, 6), math.nan)), torch.zeros(8, dtype=torch.long))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.equal(flat(model), before)
+    assert torch.equal(optimizer.preconditioner.factors.running.data, factors)
+    assert all(math.isfinite(v) for v in train(model, optimizer, range(3)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: KFAC(m, adaptive=True).step(), ValueError, r"step\(\) needs a closure with adaptive=True"),
+        (lambda m: KFAC(m, damping="auto"), ValueError, "damping='auto' needs adaptive=True"),
+        (lambda m: KFAC(m, adaptive=3), TypeError, "adaptive must be a bool or an Adaptive, got int"),
+        (lambda m: KFAC(m, adaptive=True, maximize=True), ValueError, "maximize=False"),
+        (lambda m: KFAC(m, adaptive=True).step(lambda: torch.ones(())), RuntimeError, "the closure must run the model's forward"),
+        (lambda m: Adaptive(t1=0), ValueError, "t1 must be an integer >= 1, got t1=0"),
+        (lambda m: Adaptive(gamma="fixed"), ValueError, "gamma must be one of 'search', 'sqrt'"),
+        (lambda m: KFAC(m.to(torch.bfloat16), adaptive=True), ValueError, "adaptive needs all parameters in torch.float32, got one in torch.bfloat16"),
+        (lambda m: KFAC(m).averaged(), RuntimeError, "no average is kept"),
+    ],
+)  # fmt: skip
+def test_errors(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(nn.Linear(3, 2))

@@ -1,0 +1,64 @@
+"""The native test programs, and what nvcc says about the kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+
+def run(*command: object) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=3000)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    return result.stdout
+
+
+def test_cpu_kernels(built: Path) -> None:
+    assert " passed, 0 failed" in run(built / "native" / "cpu_ops_test")
+
+
+def test_cuda_kernels_on_the_cpu_and_the_shim_itself(built: Path) -> None:
+    assert " passed, 0 failed" in run(built / "simt" / "simt_test")
+
+
+@pytest.mark.full
+def test_cpu_kernels_at_every_size(built: Path) -> None:
+    assert " passed, 0 failed" in run(built / "native" / "cpu_ops_test", "--exhaustive")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("folder", "program", "sanitize"),
+    [
+        ("native", "cpu_ops_test", "address,undefined"),
+        ("native", "cpu_ops_test", "thread"),
+        ("simt", "simt_test", "ON"),
+    ],
+)
+def test_sanitizers(tmp_path: Path, folder: str, program: str, sanitize: str) -> None:
+    cmake = [sys.executable, "-m", "cmake"]
+    run(*cmake, "-S", TESTS / folder, "-B", tmp_path, "-G", "Ninja", f"-DKFAC_FAST_SANITIZE={sanitize}")
+    run(*cmake, "--build", tmp_path)
+    assert " passed, 0 failed" in run(tmp_path / program)
+
+
+nvcc = pytest.mark.skipif(
+    shutil.which("nvcc") is None or os.environ.get("KFAC_FAST_CUDA") == "OFF", reason="needs nvcc (KFAC_FAST_CUDA)"
+)
+
+
+@nvcc
+def test_no_spills_and_no_stack_frames_on_two_architectures() -> None:
+    run(sys.executable, TESTS / "simt" / "check_resources.py", "--jobs", "2", "sm_75", "sm_90")
+
+
+@nvcc
+@pytest.mark.full
+def test_no_spills_and_no_stack_frames_on_any_architecture() -> None:
+    run(sys.executable, TESTS / "simt" / "check_resources.py", "--jobs", "2", "all")
