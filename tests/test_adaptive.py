@@ -217,7 +217,7 @@ def test_it_trains_and_tells() -> None:
     assert torch.equal(flat(model), own)
 
 
-def test_auto_damping_is_the_boldest_that_predicts_well() -> None:
+def test_auto_damping_is_found_on_the_first_batch() -> None:
     model, optimizer = network_and_optimizer()
     train(model, optimizer, range(1))
     assert optimizer.rule.calibrated

@@ -104,8 +104,8 @@ __device__ void update_tile(T* tiles, const T* panel, int i, int j, int step, in
   });
 }
 
-// Lower triangle to shared memory, a warp per row; diagonal tiles are kept as full squares. Beyond n stands an identity,
-// whose sweeps change nothing.
+// Lower triangle to shared memory, a warp per row; diagonal tiles are kept as full squares. Beyond n stands an
+// identity, whose sweeps change nothing.
 template <typename T>
 __device__ void load_lower(const T* in,  // [n, n]
                            T damping, int n, T* tiles, int count) {
@@ -123,18 +123,13 @@ __device__ void load_lower(const T* in,  // [n, n]
   }
 }
 
-template <typename T, int kGroups>
-struct BlockClass {
-  static constexpr int kMaxThreads = kGroups == 2 ? 384 : 256;
-  static constexpr int kResident = kGroups == 2 || sizeof(T) == 8 ? 1 : 2;  // CTAs that registers are left for
-};
+constexpr int kBlockClassThreads = 256;  // at most
 
 // Inverses of blocks of 33 rows and more that fit into shared memory, one per CTA, lower triangle in 16x16 tiles.
-// Per 16 pivots: a thread per row solves the panel, then tiles are updated while warp 0, having updated the next diagonal
-// tile, factors it.
+// Per 16 pivots: a thread per row solves the panel, then all update tiles but warp 0, which factors the next diagonal.
 // Small sizes: latency of the pivot chain; large ones: shared-memory bandwidth and FMA about equally.
 template <typename T, int kGroups>
-__global__ void __launch_bounds__(BlockClass<T, kGroups>::kMaxThreads, BlockClass<T, kGroups>::kResident)
+__global__ void __launch_bounds__(kBlockClassThreads, kGroups == 2 || sizeof(T) == 8 ? 1 : 2)
     damped_inverse_block_kernel(InverseArguments<T> op, const BlockEntry* table) {
   const BlockEntry block = table[blockIdx.x];
   if (op.retry_failed && op.info[block.index] == 0) return;
@@ -207,11 +202,11 @@ cudaError_t launch_block_class(const InverseArguments<T>& arguments, const Block
   const size_t shared_bytes = block_inverse_shared_bytes<T>(largest);
   if constexpr (sizeof(T) == 4) {  // doubles have no registers for 8x8 elements
     if (largest > 96) {
-      const int threads = largest <= 128 ? 192 : BlockClass<T, 2>::kMaxThreads;
+      const int threads = largest <= 128 ? 192 : kBlockClassThreads;
       return launch(damped_inverse_block_kernel<T, 2>, count, threads, shared_bytes, stream, arguments, table);
     }
   }
-  const int threads = largest <= 64 ? 128 : BlockClass<T, 1>::kMaxThreads;
+  const int threads = largest <= 64 ? 128 : kBlockClassThreads;
   return launch(damped_inverse_block_kernel<T, 1>, count, threads, shared_bytes, stream, arguments, table);
 }
 

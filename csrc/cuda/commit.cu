@@ -17,13 +17,12 @@ struct Tables {
 // One CTA per 4096 consecutive elements of a block, neighbouring threads on neighbouring elements.
 // Memory: 4 n^2 elements moved per block and nothing else.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    commit_kernel(Tables tables, int count,
-                  T* factors,              // [numel]
-                  T* pending,              // [numel]
-                  const T* decay,          // [b]
-                  const T* scale,          // [b]
-                  const int32_t* gate) {   // [1]
+__global__ void __launch_bounds__(kThreads) commit_kernel(Tables tables, int count,
+                                                          T* factors,             // [numel]
+                                                          T* pending,             // [numel]
+                                                          const T* decay,         // [b]
+                                                          const T* scale,         // [b]
+                                                          const int32_t* gate) {  // [1]
   const int item = static_cast<int>(blockIdx.x);
   const int owner = find_owner(tables.first, count, item);
   const BlockEntry block = tables.blocks[owner];
@@ -73,18 +72,16 @@ cudaError_t run(const Commit& op, const Context& ctx) {
   if (error != cudaSuccess) return error;
   const BlockEntry* blocks = layout.arena.on_device(layout.blocks);
   T* const factors = static_cast<T*>(op.factors);
-  error = launch(commit_kernel<T>, items, kThreads, 0, ctx.stream,
-                 Tables{blocks, layout.arena.on_device(layout.first)}, count, factors, static_cast<T*>(op.pending),
-                 static_cast<const T*>(op.decay), static_cast<const T*>(op.scale), op.gate);
+  error = launch(commit_kernel<T>, items, kThreads, 0, ctx.stream, Tables{blocks, layout.arena.on_device(layout.first)},
+                 count, factors, static_cast<T*>(op.pending), static_cast<const T*>(op.decay),
+                 static_cast<const T*>(op.scale), op.gate);
   if (error != cudaSuccess) return error;
   return launch_trace(blocks, count, factors, static_cast<T*>(op.trace), ctx.stream);
 }
 
 }  // namespace
 
-WorkspaceSize cuda_commit_workspace(const Commit& op, const Context&) {
-  return Layout(op, Context()).arena.size();
-}
+WorkspaceSize cuda_commit_workspace(const Commit& op, const Context&) { return Layout(op, Context()).arena.size(); }
 
 const char* cuda_commit(const Commit& op, const Context& ctx) {
   if (op.plan.count() == 0) return nullptr;

@@ -31,8 +31,8 @@ struct WarpClass {
 // kLanes lanes share a matrix; lane i holds row i in registers and the pivot's column passes through shared memory.
 // Latency of the pivot chain (a shuffle, a root, a store and a load of shared memory each); launch-bound in practice.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kWarpClassThreads) damped_inverse_warp_kernel(InverseArguments<T> op,
-                                                                                const BlockEntry* table, int count) {
+__global__ void __launch_bounds__(kWarpClassThreads)
+    damped_inverse_warp_kernel(InverseArguments<T> op, const BlockEntry* table, int count) {
   using Class = WarpClass<T, kLanes>;
   const int slot = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
   const int matrix = static_cast<int>(blockIdx.x) * Class::kMatrices + slot;
@@ -148,9 +148,12 @@ cudaError_t launch_warp_class(const InverseArguments<T>& arguments, const BlockE
 template <typename T>
 cudaError_t run(const DampedInverse& op, const Context& ctx) {
   const Layout<T> layout(op.plan, ctx, ctx.device);
-  const InverseArguments<T> arguments = {static_cast<const T*>(op.blocks), static_cast<const T*>(op.damping),
-                                         static_cast<T*>(op.inverse),      op.info,
-                                         op.retry_failed,                  op.nan_on_failure};
+  const InverseArguments<T> arguments = {static_cast<const T*>(op.blocks),
+                                         static_cast<const T*>(op.damping),
+                                         static_cast<T*>(op.inverse),
+                                         op.info,
+                                         op.retry_failed,
+                                         op.nan_on_failure};
   cudaError_t error = layout.arena.upload(ctx.stream);
   if (error == cudaSuccess && layout.global.count > 0) {
     error = launch_global_class(arguments, layout.global, layout.arena, ctx.stream);
@@ -160,10 +163,17 @@ cudaError_t run(const DampedInverse& op, const Context& ctx) {
     if (count == 0) continue;
     const BlockEntry* const entries = layout.arena.on_device(layout.entries + begin);
     switch (Classes::kLargest[c]) {
-      case 8: error = launch_warp_class<T, 8>(arguments, entries, count, ctx.stream); break;
-      case 16: error = launch_warp_class<T, 16>(arguments, entries, count, ctx.stream); break;
-      case 32: error = launch_warp_class<T, 32>(arguments, entries, count, ctx.stream); break;
-      default: error = launch_block_class(arguments, entries, count, layout.entries[begin].size, ctx.stream);
+      case 8:
+        error = launch_warp_class<T, 8>(arguments, entries, count, ctx.stream);
+        break;
+      case 16:
+        error = launch_warp_class<T, 16>(arguments, entries, count, ctx.stream);
+        break;
+      case 32:
+        error = launch_warp_class<T, 32>(arguments, entries, count, ctx.stream);
+        break;
+      default:
+        error = launch_block_class(arguments, entries, count, layout.entries[begin].size, ctx.stream);
     }
   }
   return error;

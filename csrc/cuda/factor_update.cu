@@ -56,8 +56,7 @@ constexpr int kFinishSide = 32, kFinishThreads = 256;
 // Memory: reads every chunk's piece once, reads half of C and writes all of it.
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)
-    factor_update_finish_kernel(const RowsEntry* entries, const int32_t* first, int count,
-                                const T* partials,
+    factor_update_finish_kernel(const RowsEntry* entries, const int32_t* first, int count, const T* partials,
                                 T* factors,            // [numel]
                                 const T* decay,        // [b]
                                 const T* scale,        // [b]
@@ -72,8 +71,8 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int ti = row0 / rows.side, tj = column0 / rows.side;
   const int64_t tile_numel = static_cast<int64_t>(rows.side) * rows.side;
   const int64_t chunk_numel = lower_pairs(rows.tiles) * tile_numel;
-  const T* const tile = partials + rows.partial + (lower_pairs(ti) + tj) * tile_numel +
-                        (row0 % rows.side) * rows.side + column0 % rows.side;
+  const T* const tile = partials + rows.partial + (lower_pairs(ti) + tj) * tile_numel + (row0 % rows.side) * rows.side +
+                        column0 % rows.side;
   const T keep = decay[rows.index], add = scale[rows.index];
   T* const c = factors + rows.factor;
   T* const mirror = shared_memory<T>();  // [32, 33]
@@ -124,17 +123,24 @@ struct Layout {
   int begin[kClasses + 1];
   T* partials;
 
-  static int side(int n) {
+  static int side(int n, Kind kind) {
     if (n <= 32) return 32;
-    return n < 192 || sizeof(T) > 4 ? 64 : 128;
+    return n < 192 || kind == kFma ? 64 : 128;
   }
 
   // 16-bit rows are multiplied as they are, exactly. Weights make them numbers that 16 bits don't hold.
   static Kind kind(const Rows& rows, bool tensor_cores) {
     if (sizeof(T) > 4 || !tensor_cores) return kFma;
-    if (rows.weights == nullptr && rows.dtype == DType::f16) return kHalf;
-    if (rows.weights == nullptr && rows.dtype == DType::bf16) return kBfloat16;
-    return kTf32;
+    if (rows.dtype == DType::f32) return kTf32;
+    if (rows.weights != nullptr) return kFma;
+    return rows.dtype == DType::f16 ? kHalf : kBfloat16;
+  }
+
+  // Whole vectors of columns, all aligned. The tensor-core kernels take them.
+  static bool vectors(const Rows& rows) {
+    const int64_t columns = rows.dtype == DType::f32 ? 4 : 8;
+    return rows.conv == nullptr && rows.col_stride == 1 && rows.row_stride % columns == 0 && rows.d % columns == 0 &&
+           reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
   }
 
   Layout(const FactorUpdate& op, const Context& memory, int device) : arena(memory) {
@@ -156,8 +162,8 @@ struct Layout {
       int32_t items = 0;
       for (const int32_t block : op.plan.by_decreasing_size()) {
         const Rows& rows = op.rows[block];
-        if (side(op.plan.size(block)) != kSides[c % 3] || kind(rows, tensor_cores) != c / 3) continue;
-        RowsEntry entry = make_entry(op, block, partial_numel);
+        if (kind(rows, tensor_cores) != c / 3 || side(op.plan.size(block), Kind{c / 3}) != kSides[c % 3]) continue;
+        RowsEntry entry = make_entry(op, block, kSides[c % 3], partial_numel);
         partial_numel += static_cast<int64_t>(entry.chunks) * lower_pairs(entry.tiles) * entry.side * entry.side;
         if (entries != nullptr) {  // else measuring
           if (rows.conv != nullptr) {
@@ -180,7 +186,7 @@ struct Layout {
     partials = arena.scratch<T>(partial_numel);
   }
 
-  static RowsEntry make_entry(const FactorUpdate& op, int index, int64_t partial) {
+  static RowsEntry make_entry(const FactorUpdate& op, int index, int side, int64_t partial) {
     const Rows& rows = op.rows[index];
     RowsEntry entry = {};
     entry.data = rows.data;
@@ -192,7 +198,7 @@ struct Layout {
     entry.partial = partial;
     entry.d = static_cast<int32_t>(rows.d);
     entry.size = op.plan.size(index);
-    entry.side = side(entry.size);
+    entry.side = side;
     entry.tiles = static_cast<int32_t>(ceil_div(entry.size, entry.side));
     const int64_t wanted = ceil_div(kWantedItems, std::max(lower_pairs(entry.tiles), 1));
     const int64_t even = ceil_div(ceil_div(rows.m, wanted), 32) * 32;
@@ -203,6 +209,7 @@ struct Layout {
     entry.dtype = rows.dtype;
     entry.bias = rows.bias;
     entry.along_k = rows.conv != nullptr || rows.row_stride < rows.col_stride;
+    entry.vectors = vectors(rows);
     return entry;
   }
 };
@@ -219,19 +226,31 @@ cudaError_t launch_products(void (*kernel)(RowsTables, int, T*), const Layout<T>
 }
 
 template <int kSide>
-cudaError_t launch_side(const Layout<double>& layout, int c, const Context& ctx) {
-  if constexpr (kSide == 128) return cudaSuccess;  // too large for double precision: side() never says so
-  else return launch_products<Tile<double, kSide>>(factor_update_fma_kernel<double, kSide>, layout, c, ctx);
+cudaError_t launch_mma(const Layout<float>& layout, int c, const Context& ctx) {
+  using Shape = MmaTile<kSide>;
+  switch (c / 3) {
+    case kHalf:
+      return launch_products<Shape>(factor_update_mma_kernel<Half, kSide>, layout, c, ctx);
+    case kBfloat16:
+      return launch_products<Shape>(factor_update_mma_kernel<Bfloat16, kSide>, layout, c, ctx);
+    default:
+      return launch_products<Shape>(factor_update_mma_kernel<Tf32, kSide>, layout, c, ctx);
+  }
 }
 
-template <int kSide>
-cudaError_t launch_side(const Layout<float>& layout, int c, const Context& ctx) {
-  switch (c / 3) {
-    case kTf32: return launch_products<MmaTile<kSide>>(factor_update_mma_kernel<Tf32, kSide>, layout, c, ctx);
-    case kHalf: return launch_products<MmaTile<kSide>>(factor_update_mma_kernel<Half, kSide>, layout, c, ctx);
-    case kBfloat16: return launch_products<MmaTile<kSide>>(factor_update_mma_kernel<Bfloat16, kSide>, layout, c, ctx);
-    default: return launch_products<Tile<float, kSide>>(factor_update_fma_kernel<float, kSide>, layout, c, ctx);
+template <typename T>
+cudaError_t launch_class(const Layout<T>& layout, int c, const Context& ctx) {
+  const int side = kSides[c % 3];
+  if (c / 3 == kFma) {
+    if (side == 64) return launch_products<Tile<T, 64>>(factor_update_fma_kernel<T, 64>, layout, c, ctx);
+    return launch_products<Tile<T, 32>>(factor_update_fma_kernel<T, 32>, layout, c, ctx);
   }
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (side == 128) return launch_mma<128>(layout, c, ctx);
+    if (side == 64) return launch_mma<64>(layout, c, ctx);
+    return launch_mma<32>(layout, c, ctx);
+  }
+  return cudaSuccess;  // double precision has no other kind
 }
 
 template <typename T>
@@ -244,11 +263,7 @@ cudaError_t run(const FactorUpdate& op, const Context& ctx) {
   }
   for (int c = 0; c < kClasses && error == cudaSuccess; ++c) {
     if (layout.begin[c] == layout.begin[c + 1]) continue;
-    switch (kSides[c % 3]) {
-      case 128: error = launch_side<128>(layout, c, ctx); break;
-      case 64: error = launch_side<64>(layout, c, ctx); break;
-      case 32: error = launch_side<32>(layout, c, ctx); break;
-    }
+    error = launch_class(layout, c, ctx);
   }
   if (error != cudaSuccess) return error;
   T* const factors = static_cast<T*>(op.factors);

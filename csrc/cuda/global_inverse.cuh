@@ -29,7 +29,7 @@ constexpr int64_t global_scratch_numel(int tiles) {
 
 template <typename T>
 struct GlobalTables {
-  const GlobalEntry* entries;    // [count]
+  const GlobalEntry* entries;     // [count]
   const int32_t* first_panel;     // [count + 1] tiles in a block column before each matrix
   const int32_t* first_update;    // [count + 1] lower tiles without one block row and column
   const int32_t* first_triangle;  // [count + 1] lower tiles
@@ -106,9 +106,10 @@ using GlobalTile = Tile<T, kGlobalSide>;
 
 // Shared memory of the kernels: the stages of a product, or the square of invert_root and its scratch.
 template <typename T>
-constexpr size_t kGlobalSharedBytes = std::max(GlobalTile<T>::kSharedBytes,
-                                               sizeof(T) * (kGlobalSide * kRootStride + kPanel * kPanel +
-                                                            kPanel * kGlobalSide)) + 16;
+constexpr size_t kGlobalSharedBytes =
+    std::max(GlobalTile<T>::kSharedBytes,
+             sizeof(T) * (kGlobalSide * kRootStride + kPanel * kPanel + kPanel * kGlobalSide)) +
+    16;
 
 // Factors the diagonal tile in `square` (shared memory, as left by the caller behind a barrier) for step `step`.
 template <typename T>
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(GlobalTile<T>::kThreads)
   const int n = entry.block.size;
   for (int e = static_cast<int>(threadIdx.x); e < kGlobalTile; e += GlobalTile<T>::kThreads) {
     const int r = e / kGlobalSide, c = e % kGlobalSide;
-    const int row = max(i * kGlobalSide + r, j * kGlobalSide + c), column = min(i * kGlobalSide + r, j * kGlobalSide + c);
+    const int row = max(i * kGlobalSide + r, j * kGlobalSide + c),
+              column = min(i * kGlobalSide + r, j * kGlobalSide + c);
     T value = T(row == column);
     if (row < n) value = in[static_cast<int64_t>(row) * n + column] + (row == column ? damping : T(0));
     tile[e] = value;
@@ -353,8 +355,8 @@ cudaError_t launch_global_class(const InverseArguments<T>& arguments, const Glob
   for (int step = 0; error == cudaSuccess; ++step) {
     while (active > 0 && layout.entries[active - 1].tiles <= step) --active;
     if (active == 0) break;
-    error = launch(damped_inverse_panel_kernel<T>, layout.first_panel[active], kThreads, kShared, stream, tables, active,
-                   step);
+    error = launch(damped_inverse_panel_kernel<T>, layout.first_panel[active], kThreads, kShared, stream, tables,
+                   active, step);
     if (error != cudaSuccess) break;
     error = launch(damped_inverse_update_kernel<T>, active + layout.first_update[active], kThreads, kShared, stream,
                    tables, active, step);

@@ -49,8 +49,8 @@ cudaError_t launch(void (*kernel)(Params...), int64_t grid, int threads, size_t 
   if (grid == 0) return cudaSuccess;
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   std::tuple<Params...> values(static_cast<Params>(args)...);
@@ -103,7 +103,7 @@ class DeviceGuard {
   cudaError_t error_ = cudaSuccess;
 };
 
-// The first error of a sequence of runtime calls. After an error the rest is skipped by the caller's short-circuiting.
+// What the op table's functions return.
 inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // A call's workspace: first the tables, filled in page-locked memory and copied to the device at once, then scratch

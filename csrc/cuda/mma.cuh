@@ -1,10 +1,10 @@
 // Tensor-core instructions, D += A B for a warp: one function each, with a body for the CPU that computes the same from
 // the documented layout of the fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k8").
 //
-// With g = lane / 4 and t = lane % 4, a lane holds of A (16 rows) words a0 (row g, word t), a1 (row g + 8, word t), a2 (row
-// g, word t + 4), a3 (row g + 8, word t + 4); of B (8 columns) b0 (word t, column g), b1 (word t + 4, column g); of D d0,
-// d1 (row g, columns 2 t and 2 t + 1), d2, d3 (the same of row g + 8). A word is one tf32 number or two consecutive 16-bit
-// numbers along k.
+// With g = lane / 4 and t = lane % 4, a lane holds of A (16 rows) words a0 (row g, word t), a1 (row g + 8, word t), a2
+// (row g, word t + 4), a3 (row g + 8, word t + 4); of B (8 columns) b0 (word t, column g), b1 (word t + 4, column g);
+// of D d0, d1 (row g, columns 2 t and 2 t + 1), d2, d3 (the same of row g + 8). A word is one tf32 number or two
+// consecutive 16-bit numbers along k.
 #pragma once
 
 #include "tile.cuh"
@@ -54,9 +54,8 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   MmaOperands operands = {&d, &a, &b};
   simt::warp_call(
       [](void* const* lanes) {
-        mma_of_warp<2>(lanes, [](uint32_t word, int i) {
-          return __half2float(__half{static_cast<uint16_t>(word >> (16 * i))});
-        });
+        mma_of_warp<2>(
+            lanes, [](uint32_t word, int i) { return __half2float(__half{static_cast<uint16_t>(word >> (16 * i))}); });
       },
       &operands);
 }
@@ -71,11 +70,11 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
-#define KFAC_FAST_MMA(name, shape_and_types)                                                                     \
-  __device__ __forceinline__ void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {          \
-    asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"   \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                         \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                     \
+#define KFAC_FAST_MMA(name, shape_and_types)                                                                   \
+  __device__ __forceinline__ void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {        \
+    asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                   \
   }
 KFAC_FAST_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 KFAC_FAST_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")

@@ -1,7 +1,8 @@
 // precondition: U = G^-1 V A^-1 for all layers at once, and dot = <V, U>.
 //
 // Both products have the form P^T Q with operands read row by row: first T^T = V^T G^-1 (G^-1 is symmetric), kept
-// transposed in scratch memory, then U = (T^T)^T A^-1. U's CTA reads V's elements for the dot before it overwrites them.
+// transposed in scratch memory, then U = (T^T)^T A^-1. U's CTA reads V's elements for the dot before it overwrites
+// them.
 #include <vector>
 
 #include "tile.cuh"
@@ -11,9 +12,9 @@ namespace {
 
 struct LayerEntry {
   Matrix v, u;
-  int64_t g, a;          // offsets of the inverses
-  int64_t intermediate;  // offset of T^T in scratch memory
-  int64_t dots;          // offset of the partial dots, one per tile of U
+  int64_t g, a;                   // offsets of the inverses
+  int64_t intermediate;           // offset of T^T in scratch memory
+  int64_t dots;                   // offset of the partial dots, one per tile of U
   int32_t rows, columns, stride;  // of V, with the bias column; of T^T, a multiple of 4
   int32_t row_tiles, column_tiles;
   int32_t index;
@@ -119,8 +120,8 @@ __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kRes
   const int local = item - tables.first[owner];
   const int i0 = local / layer.column_tiles * kSide, j0 = local % layer.column_tiles * kSide;  // of U
   const LoadSlots<Tile> by_row = {false};
-  const DenseLoader<Tile, T> p = {intermediate + layer.intermediate, layer.stride, layer.columns, layer.rows, i0,
-                                  by_row};
+  const DenseLoader<Tile, T> p = {
+      intermediate + layer.intermediate, layer.stride, layer.columns, layer.rows, i0, by_row};
   const DenseLoader<Tile, T> q = {a_inverse + layer.a, layer.columns, layer.columns, layer.columns, j0, by_row};
   T acc[Tile::kMicro][Tile::kMicro] = {};
   multiply<Tile>(acc, p, q, false, 0, layer.columns, shared_memory<T>());
@@ -142,9 +143,8 @@ __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kRes
     });
   });
   with_dtype(layer.u.dtype, [&](auto* type) {
-    for_each_element([&](int row, int column, T value) {
-      store_as(element(layer.u, layer.columns, row, column, type), value);
-    });
+    for_each_element(
+        [&](int row, int column, T value) { store_as(element(layer.u, layer.columns, row, column, type), value); });
   });
   __syncthreads();  // the stages are done with
   dot = sum_over_threads(dot, shared_memory<T>());
@@ -195,7 +195,8 @@ struct Layout {
     std::vector<int32_t> order(count);
     for (int i = 0; i < count; ++i) order[i] = i;
     std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) {
-      const int side_x = side(op.g_plan.size(x), op.a_plan.size(x)), side_y = side(op.g_plan.size(y), op.a_plan.size(y));
+      const int side_x = side(op.g_plan.size(x), op.a_plan.size(x)),
+                side_y = side(op.g_plan.size(y), op.a_plan.size(y));
       return side_x != side_y ? side_x > side_y : work(x) > work(y);
     });
     int at = 0;
@@ -210,9 +211,18 @@ struct Layout {
         const auto column_tiles = static_cast<int32_t>(ceil_div(columns, kSides[c]));
         if (layers != nullptr) {
           first[at + c] = items;
-          layers[at] = {op.gradients[index],     op.results[index], op.g_plan.offset(index), op.a_plan.offset(index),
-                        intermediate_numel,      dot_numel,         rows,                    columns,
-                        stride,                  row_tiles,         column_tiles,            index};
+          layers[at] = {op.gradients[index],
+                        op.results[index],
+                        op.g_plan.offset(index),
+                        op.a_plan.offset(index),
+                        intermediate_numel,
+                        dot_numel,
+                        rows,
+                        columns,
+                        stride,
+                        row_tiles,
+                        column_tiles,
+                        index};
         }
         items += row_tiles * column_tiles;
         dot_numel += row_tiles * column_tiles;

@@ -10,15 +10,16 @@ struct RowsEntry {
   const void* data;
   const void* weights;
   int64_t m, row_stride, col_stride;
-  int64_t factor;      // offset of C in the buffer of factors
-  int64_t partial;     // offset of this block's partial products in scratch memory
-  int64_t chunk_rows;  // rows of one partial product
-  int32_t d, size;     // columns without and with the bias column
+  int64_t factor;               // offset of C in the buffer of factors
+  int64_t partial;              // offset of this block's partial products in scratch memory
+  int64_t chunk_rows;           // rows of one partial product
+  int32_t d, size;              // columns without and with the bias column
   int32_t side, tiles, chunks;  // side of a tile, tiles per side of C, partial products per tile
   int32_t conv;                 // index of the Conv, or -1
   int32_t index;                // in the arrays with one element per block
   DType dtype;
   bool bias, along_k;
+  bool vectors;  // rows can be read 16 bytes at a time
 };
 
 // One CTA's share of factor_update: one tile of a block's lower triangle over one chunk of its rows.
@@ -75,10 +76,17 @@ __device__ void prepare_patch_columns(const Conv* conv, const RowsItem& item, Pa
 __device__ inline bool pad_position(PaddingMode mode, int64_t size, int64_t& position) {
   if (position >= 0 && position < size) return true;
   switch (mode) {
-    case PaddingMode::zeros: return false;
-    case PaddingMode::reflect: position = position < 0 ? -position : 2 * (size - 1) - position; break;
-    case PaddingMode::replicate: position = position < 0 ? 0 : size - 1; break;
-    case PaddingMode::circular: position += position < 0 ? size : -size; break;
+    case PaddingMode::zeros:
+      return false;
+    case PaddingMode::reflect:
+      position = position < 0 ? -position : 2 * (size - 1) - position;
+      break;
+    case PaddingMode::replicate:
+      position = position < 0 ? 0 : size - 1;
+      break;
+    case PaddingMode::circular:
+      position += position < 0 ? size : -size;
+      break;
   }
   return true;
 }
@@ -95,7 +103,11 @@ struct RowsLoader {
   LoadSlots<Tile> slots;
 
   __device__ __forceinline__ void load(T (&values)[Tile::kLoads], int64_t k0) const {
-    with_dtype(rows.dtype, [&](auto* type) { load(values, k0, type); });
+    if constexpr (sizeof(T) == sizeof(double)) {
+      load(values, k0, static_cast<double*>(nullptr));
+    } else {
+      with_single_dtype(rows.dtype, [&](auto* type) { load(values, k0, type); });
+    }
   }
 
   template <typename E>

@@ -76,12 +76,25 @@ __device__ void store_as(__nv_bfloat16* p, T value) {
 
 // Calls f with a null pointer of the element type that `dtype` names.
 template <typename F>
-__device__ __forceinline__ void with_dtype(DType dtype, F&& f) {
+__device__ __forceinline__ void with_single_dtype(DType dtype, F&& f) {  // of those that are computed with in f32
   switch (dtype) {
-    case DType::f32: f(static_cast<float*>(nullptr)); break;
-    case DType::f64: f(static_cast<double*>(nullptr)); break;
-    case DType::f16: f(static_cast<__half*>(nullptr)); break;
-    case DType::bf16: f(static_cast<__nv_bfloat16*>(nullptr)); break;
+    case DType::f16:
+      f(static_cast<__half*>(nullptr));
+      break;
+    case DType::bf16:
+      f(static_cast<__nv_bfloat16*>(nullptr));
+      break;
+    default:
+      f(static_cast<float*>(nullptr));
+      break;
+  }
+}
+template <typename F>
+__device__ __forceinline__ void with_dtype(DType dtype, F&& f) {
+  if (dtype == DType::f64) {
+    f(static_cast<double*>(nullptr));
+  } else {
+    with_single_dtype(dtype, f);
   }
 }
 
@@ -113,8 +126,8 @@ struct Tile {
   static constexpr int kThreadsPerSide = kSide / kMicro;
   static constexpr int kThreads = kThreadsPerSide * kThreadsPerSide;
   // CTAs per multiprocessor that the compiler leaves registers for.
-  static constexpr int kResident = (kSide == 32 ? 6 : kSide == 64 ? 2 : 1);
-  static constexpr int kStride = kSide + 4;  // the skew spreads columns written along k over the banks
+  static constexpr int kResident = sizeof(T) == 8 ? 1 : kSide == 32 ? 6 : kSide == 64 ? 2 : 1;
+  static constexpr int kStride = kSide + 4;                 // the skew spreads columns written along k over the banks
   static constexpr int kLoads = kSide * kDepth / kThreads;  // elements of one operand that a thread brings in
   static constexpr size_t kSharedBytes = sizeof(T) * 4 * kDepth * kStride;  // two operands, two stages
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def notes(task: Task, shown: list[Run]) -> list[str]:
         f"s and ms: forward, backward and update, {task.threads} thread{'s' * (task.threads > 1)}"
     ]
     for contender in task.contenders:
-        rates = ", ".join(f"{rate:g}" for rate in contender.rates)
+        rates = ", ".join(_rate(rate) for rate in contender.rates)
         best_of = "best of learning rates" if len(contender.rates) > 1 else "learning rate"
         lines.append(f"{contender.name}: {', '.join(filter(None, [contender.settings, f'{best_of} {rates}']))}")
     return [*lines, verdict(task, shown)]
@@ -91,7 +92,7 @@ def _part(task: Task, runs: list[Run]) -> dict:
         "runs": [
             {
                 "optimizer": run.contender,
-                "rate": run.rate,
+                "rate": None if math.isnan(run.rate) else run.rate,
                 "diverged_at": run.diverged_at,
                 "steps": run.steps,
                 "seconds": [round(seconds, 5) for seconds in run.seconds],
@@ -108,12 +109,16 @@ def _row(task: Task, run: Run) -> list[str]:
     milliseconds = 1000 * run.seconds[-1] / run.steps[-1] if run.steps[-1] else None
     return [
         run.contender,
-        f"{run.rate:g}",
+        _rate(run.rate),
         *(_number(run.at(run.loss, mark)) for mark in task.marks),
         score,
         *(_number(run.seconds_to(goal), 2) for goal in task.goals),
         _number(milliseconds, 1),
     ]
+
+
+def _rate(rate: float) -> str:
+    return "auto" if math.isnan(rate) else f"{rate:g}"
 
 
 def _number(value: float | None, decimals: int | None = None) -> str:

@@ -10,7 +10,7 @@ from torch.optim import SGD, Adagrad, Adam
 from kfac_fast import KFAC
 from kfac_fast.data import curves, curves_autoencoder, digits
 
-from .training import Contender, Task
+from .training import SETS_ITS_OWN, Contender, Task
 
 
 def digits_task() -> Task:
@@ -54,9 +54,12 @@ def curves_task() -> Task:
     probe, test = data.train[:1000], data.test[:1000]
     kfac = Contender(
         "K-FAC",
-        lambda model, rate: KFAC(model, lr=rate, momentum=0.9, damping=0.003, kl_clip=0.01, likelihood="bernoulli"),
-        rates=(0.1,),
-        settings="momentum 0.9, damping 0.003, KL clip 0.01, chosen beforehand among some 30 settings",
+        # The paper's coefficient and fraction (Martens & Grosse 2015, sec. 8); everything else sets itself.
+        lambda model, rate: KFAC(
+            model, adaptive=True, likelihood="bernoulli", factor_fraction=1 / 8, weight_decay=1e-5
+        ),
+        rates=(SETS_ITS_OWN,),
+        settings="adaptive: rate, momentum and damping set themselves; statistics from 1/8 of each batch",
     )
     mean_image = data.train.mean(0).expand_as(probe)  # the best that outputs without regard to the input can be
     return Task(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+SETS_ITS_OWN = math.nan  # in place of a learning rate
+
 
 @dataclass(frozen=True)
 class Contender:

@@ -15,11 +15,14 @@ const T kNaN = std::numeric_limits<T>::quiet_NaN();
 
 double stored(std::vector<char>& data, DType dtype, int64_t at, double value) {
   switch (dtype) {
-    case DType::f32: return reinterpret_cast<float*>(data.data())[at] = static_cast<float>(value);
-    case DType::f64: return reinterpret_cast<double*>(data.data())[at] = value;
+    case DType::f32:
+      return reinterpret_cast<float*>(data.data())[at] = static_cast<float>(value);
+    case DType::f64:
+      return reinterpret_cast<double*>(data.data())[at] = value;
     case DType::f16:
       return __half2float(reinterpret_cast<__half*>(data.data())[at] = __float2half(static_cast<float>(value)));
-    case DType::bf16: break;
+    case DType::bf16:
+      break;
   }
   auto& place = reinterpret_cast<__nv_bfloat16*>(data.data())[at];
   return __bfloat162float(place = __float2bfloat16(static_cast<float>(value)));
@@ -61,8 +64,7 @@ Block<T> plain_rows(DType dtype, int64_t m, int64_t d, bool bias, bool weighted,
   b.x.resize(m * b.n(), 1.0);
   for (int64_t r = 0; r < m; ++r) {
     for (int64_t c = 0; c < d; ++c) {
-      b.x[r * b.n() + c] =
-          stored(b.data, dtype, r * b.rows.row_stride + c * b.rows.col_stride, check::normal() + 0.3);
+      b.x[r * b.n() + c] = stored(b.data, dtype, r * b.rows.row_stride + c * b.rows.col_stride, check::normal() + 0.3);
     }
   }
   b.weigh(weighted);
@@ -205,16 +207,17 @@ void test_factor_update_of() {
   const std::string type = sizeof(T) == 8 ? "factor_update f64" : "factor_update f32";
   const DType own = kDType<T>;
   test_blocks<T>(type + " of nothing", {});
-  test_blocks<T>(type + " m = 0", {plain_rows<T>(own, 0, 5, false, false, false, 0),
-                                   plain_rows<T>(own, 0, 70, true, false, false, 0)});
-  test_blocks<T>(type + " plain",
-                 {plain_rows<T>(own, 3, 1, false, false, false, 0), plain_rows<T>(own, 100, 31, true, false, false, 0),
-                  plain_rows<T>(own, 7, 32, true, true, false, 3), plain_rows<T>(own, 65, 40, false, true, true, 2),
-                  plain_rows<T>(own, 0, 9, true, false, false, 0), plain_rows<T>(own, 33, 130, true, false, true, 0),
-                  plain_rows<T>(own, 17, 191, true, true, false, 1), plain_rows<T>(own, 16, 64, false, false, false, 0)});
-  test_blocks<T>(type + " several chunks",
-                 {plain_rows<T>(own, 1700, 33, true, true, false, 0), plain_rows<T>(own, 1025, 12, false, false, true, 1),
-                  plain_rows<T>(own, 513, 65, false, false, false, 0)});
+  test_blocks<T>(type + " m = 0",
+                 {plain_rows<T>(own, 0, 5, false, false, false, 0), plain_rows<T>(own, 0, 70, true, false, false, 0)});
+  test_blocks<T>(
+      type + " plain",
+      {plain_rows<T>(own, 3, 1, false, false, false, 0), plain_rows<T>(own, 100, 31, true, false, false, 0),
+       plain_rows<T>(own, 7, 32, true, true, false, 3), plain_rows<T>(own, 65, 40, false, true, true, 2),
+       plain_rows<T>(own, 0, 9, true, false, false, 0), plain_rows<T>(own, 33, 130, true, false, true, 0),
+       plain_rows<T>(own, 17, 191, true, true, false, 1), plain_rows<T>(own, 16, 64, false, false, false, 0)});
+  test_blocks<T>(type + " several chunks", {plain_rows<T>(own, 1700, 33, true, true, false, 0),
+                                            plain_rows<T>(own, 1025, 12, false, false, true, 1),
+                                            plain_rows<T>(own, 513, 65, false, false, false, 0)});
   test_blocks<T>(type + " large tiles", {plain_rows<T>(own, 40, 300, true, true, false, 0),
                                          plain_rows<T>(own, 9, 192, false, false, true, 5)});
   std::vector<Block<T>> bad = {plain_rows<T>(own, 20, 8, true, false, false, 0),
@@ -254,8 +257,8 @@ void test_commit_of(bool open) {
   check::same_bits_under_every_schedule(what, [&] {
     out_factors = factors;
     out_pending = pending;
-    const Commit op = {plan,         kDType<T>,    out_factors.data(), out_pending.data(),
-                       decay.data(), scale.data(), &gate,              trace.data()};
+    const Commit op = {plan,         kDType<T>, out_factors.data(), out_pending.data(), decay.data(),
+                       scale.data(), &gate,     trace.data()};
     check::that(check::call(cuda_table().commit_workspace, cuda_table().commit, op).empty(), what);
     std::vector<char> bytes;
     check::append_bytes(bytes, out_factors);
@@ -291,11 +294,14 @@ void test_factor_update() {
   test_factor_update_of<float>();
   simt_set_device(232448, 132, 90);
   for (const DType half : {DType::f16, DType::bf16}) {
-    test_blocks<float>("factor_update of 16-bit rows",
-                       {plain_rows<float>(half, 70, 33, true, true, false, 0),
-                        plain_rows<float>(half, 33, 20, true, false, true, 1),
-                        plain_rows<float>(half, 50, 200, true, false, false, 8),
-                        conv_rows<float>(half, PaddingMode::zeros, {6, 5}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, true)});
+    test_blocks<float>(
+        "factor_update of 16-bit rows",
+        {plain_rows<float>(half, 70, 33, true, true, false, 0), plain_rows<float>(half, 33, 20, true, false, true, 1),
+         plain_rows<float>(half, 50, 200, true, false, false, 8),
+         plain_rows<float>(half, 50, 64, true, false, false, 8),
+         plain_rows<float>(half, 31, 24, false, false, false, 0),
+         plain_rows<float>(half, 31, 31, true, false, false, 0), plain_rows<float>(half, 31, 144, true, true, false, 0),
+         conv_rows<float>(half, PaddingMode::zeros, {6, 5}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, true)});
   }
 }
 

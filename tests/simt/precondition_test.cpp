@@ -44,20 +44,32 @@ struct Gradient {
   double get(int i, int j) {
     void* p = place(i, j);
     switch (dtype) {
-      case DType::f32: return *static_cast<float*>(p);
-      case DType::f64: return *static_cast<double*>(p);
-      case DType::f16: return __half2float(*static_cast<__half*>(p));
-      case DType::bf16: break;
+      case DType::f32:
+        return *static_cast<float*>(p);
+      case DType::f64:
+        return *static_cast<double*>(p);
+      case DType::f16:
+        return __half2float(*static_cast<__half*>(p));
+      case DType::bf16:
+        break;
     }
     return __bfloat162float(*static_cast<__nv_bfloat16*>(p));
   }
   void set(int i, int j, double value) {
     void* p = place(i, j);
     switch (dtype) {
-      case DType::f32: *static_cast<float*>(p) = static_cast<float>(value); break;
-      case DType::f64: *static_cast<double*>(p) = value; break;
-      case DType::f16: *static_cast<__half*>(p) = __float2half(static_cast<float>(value)); break;
-      case DType::bf16: *static_cast<__nv_bfloat16*>(p) = __float2bfloat16(static_cast<float>(value)); break;
+      case DType::f32:
+        *static_cast<float*>(p) = static_cast<float>(value);
+        break;
+      case DType::f64:
+        *static_cast<double*>(p) = value;
+        break;
+      case DType::f16:
+        *static_cast<__half*>(p) = __float2half(static_cast<float>(value));
+        break;
+      case DType::bf16:
+        *static_cast<__nv_bfloat16*>(p) = __float2bfloat16(static_cast<float>(value));
+        break;
     }
   }
 };
@@ -123,12 +135,16 @@ void test_layers(const std::string& what, std::vector<Gradient> v) {
     std::vector<double> left(static_cast<size_t>(rows) * columns);
     for (int i = 0; i < rows; ++i) {
       for (int k = 0; k < rows; ++k) {
-        for (int j = 0; j < columns; ++j) left[i * columns + j] += static_cast<double>(g[i * rows + k]) * v[b].get(k, j);
+        for (int j = 0; j < columns; ++j)
+          left[i * columns + j] += static_cast<double>(g[i * rows + k]) * v[b].get(k, j);
       }
     }
     double expected_dot = 0, dot_size = 0;
     bool close = true;
-    const double unit = v[b].dtype == DType::bf16 ? 8e-3 : v[b].dtype == DType::f16 ? 1e-3 : sizeof(T) == 8 ? 1e-14 : 1e-6;
+    const double unit = v[b].dtype == DType::bf16  ? 8e-3
+                        : v[b].dtype == DType::f16 ? 1e-3
+                        : sizeof(T) == 8           ? 1e-14
+                                                   : 1e-6;
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < columns; ++j) {
         double expected = 0, size = 0;
@@ -136,7 +152,8 @@ void test_layers(const std::string& what, std::vector<Gradient> v) {
           expected += left[i * columns + k] * a[k * columns + j];
           size += std::abs(left[i * columns + k] * a[k * columns + j]);
         }
-        close = close && std::abs(u[b].get(i, j) - expected) <= unit * std::abs(expected) + size * (sizeof(T) == 8 ? 1e-13 : 3e-6);
+        close = close && std::abs(u[b].get(i, j) - expected) <=
+                             unit * std::abs(expected) + size * (sizeof(T) == 8 ? 1e-13 : 3e-6);
         expected_dot += v[b].get(i, j) * expected;
         dot_size += std::abs(v[b].get(i, j)) * size;
       }
@@ -161,8 +178,9 @@ void test_precondition_of() {
                                    {40, 70, true, false, own},
                                    {130, 20, false, false, own},
                                    {1, 2, true, false, own}});
-  test_layers<T>(type + " other dtypes",
-                 {{20, 40, true, false, DType::bf16}, {70, 15, true, false, DType::f16}, {12, 12, false, true, DType::bf16}});
+  test_layers<T>(
+      type + " other dtypes",
+      {{20, 40, true, false, DType::bf16}, {70, 15, true, false, DType::f16}, {12, 12, false, true, DType::bf16}});
 }
 
 }  // namespace

@@ -299,10 +299,18 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = simt::device_multiprocessors; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = simt::device_capability / 10; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = simt::device_capability % 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::device_shared_bytes; break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = simt::device_multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = simt::device_capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = simt::device_capability % 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = simt::device_shared_bytes;
+      break;
   }
   return cudaSuccess;
 }

@@ -123,7 +123,8 @@ void test_shim() {
 
     std::vector<float> values(64, 0.0f);
     that(launch(reads_shared_before_writing, 1, 64, 64 * sizeof(float), nullptr, values.data()) == cudaSuccess, "runs");
-    that(std::all_of(values.begin(), values.end(), [](float v) { return std::isnan(v); }), "shared memory starts as NaN");
+    that(std::all_of(values.begin(), values.end(), [](float v) { return std::isnan(v); }),
+         "shared memory starts as NaN");
   });
 
   that(launch(reverse_in_shared_memory, 1, 2048, 0, nullptr, out.data()) == cudaErrorInvalidConfiguration,

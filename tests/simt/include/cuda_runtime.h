@@ -52,7 +52,8 @@ namespace simt {
 enum class WarpOp : uint8_t { sync, shuffle, ballot, call };
 enum class BlockOp : uint8_t { sync, any, count };
 
-// Where a thread waits: its call site, for error messages and to tell apart barriers that lanes of one warp diverged to.
+// Where a thread waits: its call site, for error messages and to tell apart barriers that lanes of one warp diverged
+// to.
 struct Site {
   const char* file;
   int line;
@@ -97,7 +98,9 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_SITE) {
 inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_SITE) {
   return static_cast<unsigned>(simt::warp_collective(simt::WarpOp::ballot, mask, predicate != 0, 0, {file, line}));
 }
-inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) { return __ballot_sync(mask, predicate, file, line) != 0; }
+inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
+  return __ballot_sync(mask, predicate, file, line) != 0;
+}
 inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) {
   return __ballot_sync(mask, predicate == 0, file, line) == 0;
 }
