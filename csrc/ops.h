@@ -95,7 +95,8 @@ struct Matrix {
 };
 
 // U_i = G_i^-1 V_i A_i^-1, and dot_i = <V_i, U_i>. Products are accumulated in the dtype of the inverses, which are
-// symmetric; the dot takes U_i before it is rounded to its dtype. U_i may be V_i itself (same data pointer and strides): V_i is read for the dot before it is overwritten.
+// symmetric; the dot takes U_i before it is rounded to its dtype. U_i may be V_i itself (same data pointer and
+// strides): V_i is read for the dot before it is overwritten.
 struct Precondition {
   const Plan& g_plan;       // sizes are the rows of V_i
   const Plan& a_plan;       // sizes are the columns of V_i, with the bias column
