@@ -206,7 +206,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("__len__", &TensorViews::size)
       .def_property_readonly("shapes", &TensorViews::shapes)
       .def_property_readonly("trailing_dimensions_collapse", &TensorViews::trailing_dimensions_collapse)
-      .def("uniform", &TensorViews::uniform, py::arg("device"), py::arg("dtypes"));
+      .def("uniform", &TensorViews::uniform, py::arg("device"), py::arg("dtypes"))
+      .def("fit_rows", &TensorViews::fit_rows, py::arg("plan"), py::arg("bias"))
+      .def("fit_matrices", &TensorViews::fit_matrices, py::arg("rows"), py::arg("columns"), py::arg("bias_of"))
+      .def("fit_biases", &TensorViews::fit_biases, py::arg("rows"), py::arg("bias_of"), py::arg("weights"));
 
   py::class_<Call>(m, "Call").def(py::init<py::function, int, uintptr_t, int>(), py::arg("allocate"),
                                   py::arg("threads"), py::arg("stream"), py::arg("device"));

@@ -121,6 +121,35 @@ bool TensorViews::trailing_dimensions_collapse() const {
   return std::all_of(views_.begin(), views_.end(), [](const TensorView& v) { return v.collapsed_stride() >= 0; });
 }
 
+bool TensorViews::fit_rows(const Plan& plan, const std::vector<bool>& bias) const {
+  if (views_.size() != static_cast<size_t>(plan.count())) return false;
+  for (int i = 0; i < plan.count(); ++i) {
+    if (views_[i].ndim != 2 || views_[i].shape[1] + bias[i] != plan.size(i)) return false;
+  }
+  return true;
+}
+
+bool TensorViews::fit_matrices(const Plan& rows, const Plan& columns, const std::vector<int>& bias_of) const {
+  if (views_.size() != static_cast<size_t>(rows.count())) return false;
+  for (int i = 0; i < rows.count(); ++i) {
+    const TensorView& view = views_[i];
+    int64_t width = 1;
+    for (int j = 1; j < view.ndim; ++j) width *= view.shape[j];
+    if (view.ndim < 2 || view.shape[0] != rows.size(i) || width + (bias_of[i] >= 0) != columns.size(i)) return false;
+  }
+  return true;
+}
+
+bool TensorViews::fit_biases(const Plan& rows, const std::vector<int>& bias_of, const TensorViews& weights) const {
+  for (int i = 0; i < rows.count(); ++i) {
+    if (bias_of[i] < 0) continue;
+    const TensorView& view = views_[bias_of[i]];
+    if (view.ndim != 1 || view.shape[0] != rows.size(i)) return false;
+    if (view.dtype != weights[i].dtype || view.device != weights[i].device) return false;
+  }
+  return true;
+}
+
 bool TensorViews::uniform(int64_t device, const std::vector<int>& dtypes) const {
   return std::all_of(views_.begin(), views_.end(), [&](const TensorView& view) {
     return view.ndim >= 0 && view.device == device &&

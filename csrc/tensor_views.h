@@ -53,6 +53,13 @@ class TensorViews {
   bool trailing_dimensions_collapse() const;
   bool uniform(int64_t device, const std::vector<int>& dtypes) const;
 
+  // Whether view i is [m, plan.size(i) - bias[i]] for every block.
+  bool fit_rows(const Plan& plan, const std::vector<bool>& bias) const;
+  // Whether view i flattens to [rows.size(i), columns.size(i)], without the last column where bias_of[i] >= 0.
+  bool fit_matrices(const Plan& rows, const Plan& columns, const std::vector<int>& bias_of) const;
+  // Whether these are the biases of `weights`: view bias_of[i] is [rows.size(i)] and otherwise like weight i.
+  bool fit_biases(const Plan& rows, const std::vector<int>& bias_of, const TensorViews& weights) const;
+
  private:
   std::vector<TensorView> views_;
 };

@@ -110,33 +110,12 @@ def factor_update_(
     scale = checks.per_block("scale", scale, factors)
     biases = [bias] * blocks if isinstance(bias, bool) else list(bias)
     checks.check_length("bias", biases, blocks)
-    row_weights = [None] * blocks if weights is None else list(weights)
+    row_weights: list[Tensor | None] = [None] * blocks if weights is None else list(weights)
     checks.check_length("weights", row_weights, blocks)
 
     views = native.view_tensors([row.x if isinstance(row, ConvRows) else row for row in rows])
-    shapes = views.shapes
-    checks.check_views("rows", rows, views, factors.device, checks.row_dtypes(factors))
-    sizes = factors.sizes
-    block = 0  # the next one that needs rows
-    for index, row in enumerate(rows):
-        groups = 1
-        if isinstance(row, ConvRows):
-            shape: tuple[int, ...] = row.shape
-            groups = row.groups
-        else:
-            shape = shapes[index]
-        if len(shape) != 2:
-            raise ValueError(f"rows[{index}] must be a matrix [m, d] or a ConvRows, got shape {shape}")
-        for i in range(block, block + groups):
-            if i >= blocks or shape[1] + biases[i] != sizes[i]:
-                checks.raise_rows_mismatch(index, i, shape, biases, sizes)
-            w = row_weights[i]
-            if w is not None:
-                checks.check_tensor(f"weights[{i}]", w, (shape[0],), factors.dtype, factors.device)
-        block += groups
-    if block != blocks:
-        raise ValueError(f"rows must cover the {blocks} blocks of factors, got rows for {block}")
-    return FactorStatistics(*_backend.factor_update_(factors, rows, decay, scale, biases, row_weights))
+    checks.check_rows(rows, views, factors, biases, row_weights)
+    return FactorStatistics(*_backend.factor_update_(factors, rows, views, decay, scale, biases, row_weights))
 
 
 @torch.no_grad()
@@ -251,29 +230,22 @@ def precondition(
             f"got {a_inverse.dtype} on {a_inverse.device}"
         )
     checks.check_length("a_inverse", a_inverse, len(g_inverse))
-    checks.check_length("grads", grads, len(g_inverse))
-    checks.check_gradients("grads", grads, g_inverse, a_inverse)
-    if out is None:
-        out = [
-            (torch.empty_like(g[0]), None if g[1] is None else torch.empty_like(g[1]))
-            if isinstance(g, tuple)
-            else torch.empty_like(g)
-            for g in grads
-        ]
+    given = native.GradientViews(grads)
+    checks.check_gradients("grads", given, g_inverse, a_inverse)
+    if out is grads:
+        wanted = given
     else:
-        checks.check_length("out", out, len(g_inverse))
-        checks.check_gradients("out", out, g_inverse, a_inverse)
-        for i, (result, gradient) in enumerate(zip(out, grads, strict=True)):
-            if len(checks.parts(result)) != len(checks.parts(gradient)):
-                raise ValueError(f"out[{i}] must have a bias exactly if grads[{i}] has one")
-            for r, g in zip(checks.parts(result), checks.parts(gradient), strict=True):
-                if r.requires_grad:
-                    raise TypeError(f"out[{i}] must not require grad: pass a detached tensor")
-                if r.shape != g.shape:
-                    raise ValueError(
-                        f"out[{i}] must have the shape {tuple(g.shape)} of grads[{i}], got {tuple(r.shape)}"
-                    )
-    return Preconditioned(list(out), _backend.precondition(grads, g_inverse, a_inverse, out))
+        if out is None:
+            out = [
+                (torch.empty_like(g[0]), None if g[1] is None else torch.empty_like(g[1]))
+                if isinstance(g, tuple)
+                else torch.empty_like(g)
+                for g in grads
+            ]
+        wanted = native.GradientViews(out)
+        checks.check_gradients("out", wanted, g_inverse, a_inverse)
+    checks.check_outputs(wanted, given)
+    return Preconditioned(list(out), _backend.precondition(given, g_inverse, a_inverse, wanted))
 
 
 schema.implementation = sys.modules[__name__]  # torch.ops.kfac_fast.*, for torch.compile

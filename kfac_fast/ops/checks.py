@@ -12,15 +12,7 @@ from torch import Tensor
 from .. import _C
 from . import native
 from .blocks import BlockDiagonal
-from .reference import Gradient
 from .rows import ConvRows
-
-
-def parts(gradient: Gradient) -> tuple[Tensor, ...]:
-    if not isinstance(gradient, tuple):
-        return (gradient,)
-    weight, bias = gradient
-    return (weight,) if bias is None else (weight, bias)
 
 
 def check_blocks(name: str, blocks: Any, like: BlockDiagonal | None = None) -> None:
@@ -94,31 +86,71 @@ def check_views(
     raise AssertionError(f"{name}: native and Python checks disagree; please report this")
 
 
-def check_gradients(
-    name: str, gradients: Sequence[Gradient], g_inverse: BlockDiagonal, a_inverse: BlockDiagonal
+def check_rows(
+    rows: Sequence[Tensor | ConvRows],
+    views: _C.TensorViews,
+    factors: BlockDiagonal,
+    biases: list[bool],
+    weights: list[Tensor | None],
 ) -> None:
-    weights = [g[0] if isinstance(g, tuple) else g for g in gradients]
-    biases = {i: g[1] for i, g in enumerate(gradients) if isinstance(g, tuple) and g[1] is not None}
-    dtypes = row_dtypes(g_inverse)
-    views = native.view_tensors(weights)
-    check_views(name, weights, views, g_inverse.device, dtypes)
-    for i, (shape, rows, columns) in enumerate(zip(views.shapes, g_inverse.sizes, a_inverse.sizes, strict=True)):
-        expected = columns - (i in biases)
-        # Plain multiplication: math.prod costs more than the rest of this loop for a matrix.
-        found = shape[1] if len(shape) == 2 else math.prod(shape[1:])
-        if len(shape) < 2 or shape[0] != rows or found != expected:
+    """That rows cover every block with the right number of columns, and weights the rows."""
+    check_views("rows", rows, views, factors.device, row_dtypes(factors))
+    plain = not any(w is not None for w in weights) and not any(isinstance(row, ConvRows) for row in rows)
+    if plain and views.fit_rows(factors.plan, biases):
+        return
+    block = 0  # the next one that needs rows
+    for index, row in enumerate(rows):
+        groups = row.groups if isinstance(row, ConvRows) else 1
+        shape = tuple(row.shape)
+        if len(shape) != 2:
+            raise ValueError(f"rows[{index}] must be a matrix [m, d] or a ConvRows, got shape {shape}")
+        for i in range(block, block + groups):
+            if i >= len(factors) or shape[1] + biases[i] != factors.sizes[i]:
+                raise_rows_mismatch(index, i, shape, biases, factors.sizes)
+            w = weights[i]
+            if w is not None:
+                check_tensor(f"weights[{i}]", w, (shape[0],), factors.dtype, factors.device)
+        block += groups
+    if block != len(factors):
+        raise ValueError(f"rows must cover the {len(factors)} blocks of factors, got rows for {block}")
+
+
+def check_gradients(
+    name: str, gradients: native.GradientViews, g_inverse: BlockDiagonal, a_inverse: BlockDiagonal
+) -> None:
+    """That every gradient flattens to the rows and columns of its two inverses."""
+    check_length(name, gradients.weights, len(g_inverse))
+    check_views(name, gradients.weights, gradients.weight_views, g_inverse.device, row_dtypes(g_inverse))
+    if gradients.weight_views.fit_matrices(
+        g_inverse.plan, a_inverse.plan, gradients.bias_of
+    ) and gradients.bias_views.fit_biases(g_inverse.plan, gradients.bias_of, gradients.weight_views):
+        return
+    for i, (weight, position) in enumerate(zip(gradients.weights, gradients.bias_of, strict=True)):
+        rows, expected = g_inverse.sizes[i], a_inverse.sizes[i] - (position >= 0)
+        if weight.ndim < 2 or weight.shape[0] != rows or math.prod(weight.shape[1:]) != expected:
             raise ValueError(
-                f"{name}[{i}] must be [{rows}, {expected}]{' beside its bias' if i in biases else ''} "
-                f"to fit g_inverse[{i}] and a_inverse[{i}], got {shape}"
+                f"{name}[{i}] must be [{rows}, {expected}]{' beside its bias' if position >= 0 else ''} "
+                f"to fit g_inverse[{i}] and a_inverse[{i}], got {tuple(weight.shape)}"
             )
-    for i, bias in biases.items():
-        if not isinstance(bias, Tensor) or bias.dtype != weights[i].dtype or bias.device != weights[i].device:
+        if position < 0:
+            continue
+        bias = gradients.biases[position]
+        if not isinstance(bias, Tensor) or bias.dtype != weight.dtype or bias.device != weight.device:
             got = f"{bias.dtype} on {bias.device}" if isinstance(bias, Tensor) else type(bias).__name__
-            raise TypeError(
-                f"the bias of {name}[{i}] must be a {weights[i].dtype} tensor on {weights[i].device}, got {got}"
-            )
-        if bias.shape != (g_inverse.sizes[i],):
-            raise ValueError(f"the bias of {name}[{i}] must be [{g_inverse.sizes[i]}], got {tuple(bias.shape)}")
+            raise TypeError(f"the bias of {name}[{i}] must be a {weight.dtype} tensor on {weight.device}, got {got}")
+        if bias.shape != (rows,):
+            raise ValueError(f"the bias of {name}[{i}] must be [{rows}], got {tuple(bias.shape)}")
+    raise AssertionError(f"{name}: native and Python checks disagree; please report this")
+
+
+def check_outputs(out: native.GradientViews, grads: native.GradientViews) -> None:
+    """That outputs have biases where the gradients have, and take no part in autograd."""
+    if out.bias_of != grads.bias_of:
+        i = next(i for i, (x, y) in enumerate(zip(out.bias_of, grads.bias_of, strict=True)) if (x < 0) != (y < 0))
+        raise ValueError(f"out[{i}] must have a bias exactly if grads[{i}] has one")
+    for i, (weight, position) in enumerate(zip(out.weights, out.bias_of, strict=True)):
+        if weight.requires_grad or (position >= 0 and out.biases[position].requires_grad):
+            raise TypeError(f"out[{i}] must not require grad: pass a detached tensor")
 
 
 def raise_rows_mismatch(

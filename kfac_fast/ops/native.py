@@ -165,12 +165,12 @@ def read_if_free(flag: Tensor) -> bool | None:
 def factor_update_(
     factors: BlockDiagonal,
     rows: Sequence[Tensor | ConvRows],
+    views: _C.TensorViews,
     decay: Tensor,
     scale: Tensor,
     bias: list[bool],
     weights: list[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    views = view_tensors([row.x if isinstance(row, ConvRows) else row for row in rows])
     convs = [_geometry(row) if isinstance(row, ConvRows) else None for row in rows]
     weight_pointers = (
         [] if not any(w is not None for w in weights) else [0 if w is None else w.data_ptr() for w in weights]
@@ -233,45 +233,46 @@ def damped_inverse(
     )  # fmt: skip
 
 
+class GradientViews:
+    """A list of gradients taken apart: weights, biases, and views of both."""
+
+    __slots__ = ("bias_of", "bias_views", "biases", "weight_views", "weights")
+
+    def __init__(self, gradients: Sequence[reference.Gradient]) -> None:
+        self.weights: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        self.bias_of: list[int] = []  # for every weight the position of its bias, or -1
+        for gradient in gradients:
+            weight, bias = gradient if isinstance(gradient, tuple) else (gradient, None)
+            self.weights.append(weight)
+            self.bias_of.append(-1 if bias is None else len(self.biases))
+            if bias is not None:
+                self.biases.append(bias)
+        self.weight_views = view_tensors(self.weights)
+        self.bias_views = view_tensors(self.biases)
+
+
 def precondition(
-    grads: Sequence[reference.Gradient],
-    g_inverse: BlockDiagonal,
-    a_inverse: BlockDiagonal,
-    out: Sequence[reference.Gradient],
+    grads: GradientViews, g_inverse: BlockDiagonal, a_inverse: BlockDiagonal, out: GradientViews
 ) -> Tensor:
-    weights, biases, bias_of = _split(grads)
-    out_weights, out_biases, _ = _split(out)
-    views, out_views = view_tensors(weights), view_tensors(out_weights)
+    views, out_views = grads.weight_views, out.weight_views
     copies = None
-    if not views.trailing_dimensions_collapse:  # a channels-last convolution: its columns are not in memory order
-        weights = [w.reshape(w.shape[0], -1) for w in weights]
-        views = view_tensors(weights)
+    # A channels-last convolution's columns are not in memory order.
+    if not views.trailing_dimensions_collapse:
+        flat = [w.reshape(w.shape[0], -1) for w in grads.weights]
+        views = view_tensors(flat)
     if not out_views.trailing_dimensions_collapse:
-        copies = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in out_weights]
+        copies = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in out.weights]
         out_views = view_tensors(copies)
     dot = g_inverse.data.new_empty(len(g_inverse))
     _run(
         g_inverse.device,
         lambda table, call: table.precondition(
             call, g_inverse.plan, a_inverse.plan, DTYPE_CODES[g_inverse.dtype], g_inverse.data.data_ptr(),
-            a_inverse.data.data_ptr(), views, view_tensors(biases), out_views, view_tensors(out_biases), bias_of,
+            a_inverse.data.data_ptr(), views, grads.bias_views, out_views, out.bias_views, grads.bias_of,
             dot.data_ptr(),
         ),
     )  # fmt: skip
     if copies is not None:
-        torch._foreach_copy_(out_weights, copies)
+        torch._foreach_copy_(out.weights, copies)
     return dot
-
-
-def _split(gradients: Sequence[reference.Gradient]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """Weights, biases, and for every weight the position of its bias or -1."""
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    bias_of: list[int] = []
-    for gradient in gradients:
-        weight, bias = gradient if isinstance(gradient, tuple) else (gradient, None)
-        weights.append(weight)
-        bias_of.append(-1 if bias is None else len(biases))
-        if bias is not None:
-            biases.append(bias)
-    return weights, biases, bias_of

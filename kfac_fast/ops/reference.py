@@ -6,6 +6,7 @@ Written to be read, not to be fast. Arguments were checked in ``ops/__init__.py`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ Gradient = Tensor | tuple[Tensor, Tensor | None]
 def factor_update_(
     factors: BlockDiagonal,
     rows: Sequence[Tensor | ConvRows],
+    views: object,  # of the rows, for the kernels
     decay: Tensor,  # [b]
     scale: Tensor,  # [b]
     bias: Sequence[bool],
@@ -98,23 +100,25 @@ def inverse_with_library(
     info.copy_(failed)
 
 
-def precondition(
-    gradients: Sequence[Gradient],
-    g_inverse: BlockDiagonal,
-    a_inverse: BlockDiagonal,
-    out: Sequence[Gradient],
-) -> Tensor:
+class Gradients(Protocol):
+    """Gradients taken apart; `bias_of` gives for every weight the position of its bias, or -1."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    bias_of: list[int]
+
+
+def precondition(grads: Gradients, g_inverse: BlockDiagonal, a_inverse: BlockDiagonal, out: Gradients) -> Tensor:
     dot = g_inverse.data.new_empty(len(g_inverse))
-    for i, (gradient, result) in enumerate(zip(gradients, out, strict=True)):
-        weight, bias = gradient if isinstance(gradient, tuple) else (gradient, None)
+    for i, (weight, weight_out, position) in enumerate(zip(grads.weights, out.weights, grads.bias_of, strict=True)):
+        bias = grads.biases[position] if position >= 0 else None
         v = weight.reshape(weight.shape[0], -1).to(g_inverse.dtype)
         if bias is not None:
             v = torch.cat([v, bias.to(v.dtype)[:, None]], dim=1)
         u = g_inverse[i] @ v @ a_inverse[i]
         dot[i] = (v * u).sum()
-        weight_out, bias_out = result if isinstance(result, tuple) else (result, None)
-        if bias_out is not None:
-            bias_out.copy_(u[:, -1])
+        if bias is not None:
+            out.biases[position].copy_(u[:, -1])
             u = u[:, :-1]
         weight_out.copy_(u.reshape(weight_out.shape))
     return dot
