@@ -93,12 +93,12 @@ def line(row: Row) -> str:
     spread = f"{row.ratio_p10:.2f}–{row.ratio_p90:.2f}"
     extra = "".join(f"  {key} {value:.2f}" for key, value in row.extra.items())
     return (
-        f"{row.op:<16}{row.case:<34}{_readable(row.ours_s):>11}{_readable(row.rival_s):>11}{row.ratio:>8.2f}"
+        f"{row.op:<16}{row.case:<34}{readable(row.ours_s):>11}{readable(row.rival_s):>11}{row.ratio:>8.2f}"
         f"{spread:>13}{bar:>7}{extra}"
     )
 
 
-def _readable(seconds: float) -> str:
+def readable(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"

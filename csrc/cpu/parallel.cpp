@@ -40,9 +40,13 @@ void run_tasks(int threads, int64_t tasks, void (*body)(void* self, int64_t task
     for (int64_t task = 0; task < tasks; ++task) body(self, task, 0);
     return;
   }
+  // Thousands of tasks are taken several at a time: neighbours lie side by side in memory, and the counter is shared.
+  const int64_t chunk = std::max<int64_t>(1, tasks / (64 * threads));
   std::atomic<int64_t> next{0};
   const auto work = [&](int thread) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(self, task, thread);
+    for (int64_t begin; (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < tasks;) {
+      for (int64_t task = begin; task < std::min(begin + chunk, tasks); ++task) body(self, task, thread);
+    }
   };
 #if defined(KFAC_FAST_STD_THREADS)
   std::vector<std::thread> others;
