@@ -52,15 +52,15 @@ class Preconditioner:
         parameters: Only layers whose parameters are all among these are preconditioned; None is all.
 
     Raises:
-        ValueError: An argument out of range; the message names it. ``torch.nn.DataParallel``: its replicas' hooks do
-            not reach the model; use DistributedDataParallel.
+        ValueError: An argument out of range; the message names it. ``torch.nn.DataParallel`` or a
+            ``DistributedDataParallel`` over several ranks.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        damping: float = 1e-3,
+        damping: float = 0.03,
         likelihood: str | Likelihood = "categorical",
         fisher: str = "mc",
         decay: float = 0.95,
@@ -236,9 +236,16 @@ def _inner(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.DataParallel):
-        raise ValueError("model must not be a DataParallel: its replicas carry no hooks; use DistributedDataParallel")
+        raise ValueError("model must not be a DataParallel: its replicas carry no hooks; use its .module on one device")
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return model
+    if torch.distributed.get_world_size(model.process_group) > 1:
+        raise ValueError(
+            "model must not be a DistributedDataParallel over several ranks yet: each would keep factors of its own, "
+            "and the copies of the model would drift apart"
+        )
     # Hooks go on the inner module: an extra backward pass started from the wrapper corrupts static graphs.
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return model.module
 
 
 def _discover(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> tuple[list[Row], list[Layer]]:
@@ -267,6 +274,8 @@ def _discover(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> tu
 
 
 def _reason_against(layer: Layer, uses: dict[int, int], allowed: set[int] | None, layers: list[Layer]) -> str | None:
+    if type(layer.weight) is not nn.Parameter:
+        return f"its weight is a {type(layer.weight).__name__}"
     if any(uses[id(p)] > 1 for p in layer.parameters):
         return "its weight is shared with another module"
     if allowed is not None and any(id(p) not in allowed for p in layer.parameters):

@@ -415,7 +415,7 @@ def test_bad_arguments_are_named(options: dict, message: str) -> None:
 def test_wrong_models_are_refused() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
         KFAC(list(mlp().parameters()))
-    with pytest.raises(ValueError, match="use DistributedDataParallel"):
+    with pytest.raises(ValueError, match="must not be a DataParallel"):
         KFAC(nn.DataParallel(mlp()))
 
 
@@ -437,3 +437,26 @@ def test_the_constructor_stays_small() -> None:
 
     parameters = inspect.signature(KFAC.__init__).parameters.values()
     assert sum(p.kind is p.KEYWORD_ONLY for p in parameters) <= 18
+
+
+def test_several_ranks_are_refused_rather_than_left_to_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapper(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = module
+            self.process_group = None
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    with pytest.raises(ValueError, match="over several ranks"):
+        KFAC(Wrapper(mlp()))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
+    assert sum(row.covered for row in KFAC(Wrapper(mlp())).report()) == 6
+
+
+def test_a_model_without_supported_layers_trains_with_the_base_update() -> None:
+    model = nn.LayerNorm(3)
+    optimizer = KFAC(model)
+    before = model.weight.detach().clone()
+    F.cross_entropy(model(torch.randn(4, 3)), torch.randint(3, (4,))).backward()
+    optimizer.step()
+    assert not torch.equal(before, model.weight)

@@ -74,7 +74,7 @@ def check_views(
         if not native.is_plain(tensor):
             raise TypeError(
                 f"{name}[{i}] must be a plain torch.Tensor, got {type(tensor).__name__}; "
-                "for sharded models use DistributedDataParallel"
+                "sharded models are not supported yet"
             )
         if tensor.layout != torch.strided:
             raise TypeError(f"{name}[{i}] must be a dense tensor, got layout {tensor.layout}")
