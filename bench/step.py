@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 
 import torch
@@ -39,16 +38,6 @@ def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, loss:
         optimizer.step()
 
     return step
-
-
-def python_time(model: nn.Module, optimizer: KFAC, x: Tensor, loss: Loss) -> float:
-    """Seconds of a step that are not spent in forward, backward or the kernels, roughly: a step on one example."""
-    step = stepper(model, optimizer, x[:2], loss)
-    step()
-    start = time.perf_counter()
-    for _ in range(5):
-        step()
-    return (time.perf_counter() - start) / 5
 
 
 def ratio(name: str, make: Callable[[], nn.Module], x: Tensor, loss: Loss, bar: float, **options: object) -> Row:

@@ -283,7 +283,12 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: Other groups, missing entries or other shapes; the message names the layer.
         """
+        if not state_dict.get("param_groups") or "state" not in state_dict:
+            raise ValueError(f"state_dict must have 'state' and 'param_groups', got {sorted(map(str, state_dict))}")
         position = self._positions()
+        unknown = set(state_dict["state"]) - set(position.values())
+        if unknown:
+            raise ValueError(f"state_dict has state for parameters {sorted(unknown)}, of {len(position)} here")
         plain = {**state_dict, "state": {}, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
         adaptive = plain["param_groups"][0].pop("adaptive", None)
         if (adaptive is None) != (self.rule is None):

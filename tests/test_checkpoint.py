@@ -64,7 +64,7 @@ def test_state_is_a_copy() -> None:
             assert torch.equal(entry[key], old[key]), key
 
 
-@pytest.mark.parametrize("spoil", ["truncated", "shape", "sgd", "momentum"])
+@pytest.mark.parametrize("spoil", ["truncated", "shape", "sgd", "momentum", "more"])
 def test_a_bad_checkpoint_is_refused_before_anything_changes(spoil: str) -> None:
     model, optimizer = model_and_optimizer()
     train(model, optimizer, range(3))
@@ -75,6 +75,9 @@ def test_a_bad_checkpoint_is_refused_before_anything_changes(spoil: str) -> None
     elif spoil == "shape":
         state["state"][4]["a_factor"] = torch.zeros(1, 4, 4)
         message = r"'a_factor' of shape \(1, 4, 4\) for layer 5, expected \(1, 9, 9\)"
+    elif spoil == "more":
+        state["state"][9] = {"momentum_buffer": torch.zeros(3)}
+        message = r"state for parameters \[9\], of 6 here"
     elif spoil == "momentum":
         state["state"][2]["momentum_buffer"] = torch.zeros(3)
         message = "momentum_buffer of shape"
@@ -89,3 +92,9 @@ def test_a_bad_checkpoint_is_refused_before_anything_changes(spoil: str) -> None
     assert after["param_groups"][0]["lr"] == before["param_groups"][0]["lr"]
     for key in before["state"][4]:
         assert torch.equal(before["state"][4][key], after["state"][4][key])
+
+
+def test_something_else_than_a_state_dict_is_named() -> None:
+    _, optimizer = model_and_optimizer()
+    with pytest.raises(ValueError, match=r"must have 'state' and 'param_groups', got \['lr'\]"):
+        optimizer.load_state_dict({"lr": 0.1})
