@@ -18,7 +18,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     folder = (DOCS / page.file.src_uri).parent
 
     def replace(link: re.Match[str]) -> str:
-        text, target = link.groups()
+        target = link.group(2)
         path = (folder / target.split("#")[0]).resolve()
         if DOCS in path.parents:
             return link.group(0)
