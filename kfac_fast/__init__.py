@@ -10,6 +10,7 @@ import torch  # noqa: F401 - first: the loader then shares torch's OpenMP runtim
 
 from . import _C, ops
 from .adaptive import Adaptive
+from .batches import GrowingBatches
 from .diagnostics import show_config
 from .inverses import KFACWarning
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -26,6 +27,7 @@ __all__ = [
     "Categorical",
     "ConvRows",
     "Gaussian",
+    "GrowingBatches",
     "KFACWarning",
     "Likelihood",
     "Preconditioner",

@@ -16,7 +16,7 @@ ORDER = [
     "_C", "ops", "layers", "report", "likelihoods", "passes", "products", "capture", "factors", "inverses", "preconditioner", "checkpoint", "adaptive", "optimizer",
     "diagnostics",
 ]  # fmt: skip
-FREE = {"__init__", "__main__", "data"}
+FREE = {"__init__", "__main__", "batches", "data"}
 
 
 def package_imports(path: Path) -> set[str]:
