@@ -225,20 +225,16 @@ class AdaptiveRule:
             candidates = list(dict.fromkeys(candidates))
         else:
             candidates = [self.gamma]
-        best: tuple[Any, float, Tensor] | None = None
+        best: tuple[tuple[Tensor, Step], float, list[Tensor]] | None = None
         for gamma in candidates:
             pre.update_inverses([gamma] * len(pre.layers))
             proposal = self._propose(gradient, batches)
             if best is None or proposal[1].change < best[0][1].change:
-                best = (
-                    proposal,
-                    gamma,
-                    pre.inverses.inverse.data.clone() if len(candidates) > 1 else pre.inverses.inverse.data,
-                )
+                best = proposal, gamma, pre.copy_inverses() if len(candidates) > 1 else []
         assert best is not None
-        proposal, self.gamma, inverse = best
-        if inverse is not pre.inverses.inverse.data:
-            pre.inverses.inverse.data.copy_(inverse)
+        proposal, self.gamma, inverses = best
+        if inverses:
+            pre.restore_inverses(inverses)
         return proposal
 
     def _direction(self, gradient: Tensor) -> Tensor:

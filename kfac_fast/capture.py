@@ -38,14 +38,27 @@ from .passes import ModelInputs, unnoticed
 FISHERS = ("mc", "exact", "empirical")
 
 
+@dataclass(eq=False)
+class Pass:
+    """One gradient sent through the network: what it brings to different layers belongs to the same examples.
+
+    Attributes:
+        layers: The layer of every call in the forward pass, in order; a module called twice is there twice.
+        first: Whether no other gradient was sent through the same forward pass before, so that the inputs are new.
+    """
+
+    layers: list[int]
+    first: bool = True
+
+
 class Sink(Protocol):
     """What receives the statistics."""
 
     def wants_statistics(self) -> bool:
         """Whether the coming forward pass should be looked at."""
 
-    def add_rows(self, layer: int, inputs: Tensor | None, gradient: Tensor) -> None:
-        """One call of a layer; ``inputs`` is None when they were given with an earlier gradient of the same call."""
+    def add_rows(self, layer: int, inputs: Tensor, gradient: Tensor, sent: Pass) -> None:
+        """One call of a layer: its inputs, and the gradient that a pass sent to its output."""
 
     def add_terms(self, terms: Tensor) -> None:
         """The number of loss terms, a 0-d tensor, of the gradients that were just given."""
@@ -65,6 +78,7 @@ class _Tape:
     inputs: ModelInputs
     statistics: bool
     calls: list[_Call] = field(default_factory=list)
+    sent: Pass = field(default_factory=lambda: Pass([]))  # the user's own backward pass, for the empirical Fisher
     used: bool = False  # a supported module took part
 
 
@@ -167,8 +181,9 @@ class Capture:
         call = _Call(index, inputs.detach(), get_gradient_edge(output))
         tape.calls.append(call)
         if self._fisher == "empirical":
-            rows = call.inputs
-            output.register_hook(lambda gradient: self._from_user(index, rows, gradient))
+            rows, sent = call.inputs, tape.sent
+            sent.layers.append(index)
+            output.register_hook(lambda gradient: self._from_user(index, rows, gradient, sent))
 
     def _after_model(self, index: int, args: Any, result: Any) -> None:
         if self._in_extra_pass:
@@ -188,10 +203,10 @@ class Capture:
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    def _from_user(self, layer: int, inputs: Tensor, gradient: Tensor) -> None:
+    def _from_user(self, layer: int, inputs: Tensor, gradient: Tensor, sent: Pass) -> None:
         if torch.is_grad_enabled():
             raise RuntimeError(_CREATE_GRAPH)
-        self._sink.add_rows(layer, inputs, gradient.detach())
+        self._sink.add_rows(layer, inputs, gradient.detach(), sent)
 
     def _at_outputs(self, tape: _Tape, number: int, outputs: Tensor, gradient: Tensor) -> None:
         if self._in_extra_pass or not tape.used:
@@ -248,8 +263,10 @@ class Capture:
         """The extra pass: from the outputs to the output edge of every call."""
         edges = [call.edge for call in calls if call.edge is not None]
         mask = self.likelihood.spread(counted)
+        layers = [call.layer for call in calls]
         first = True
         for root in self._roots(outputs):
+            sent = Pass(layers, first)
             root = torch.where(mask, root, torch.zeros_like(root))
             found = iter(
                 torch.autograd.grad(source, edges, root, retain_graph=True, allow_unused=True) if edges else ()
@@ -257,7 +274,7 @@ class Capture:
             for call in calls:
                 gradient = root if call.edge is None else next(found)
                 if gradient is not None:  # None: the outputs do not depend on this call
-                    self._sink.add_rows(call.layer, call.inputs if first else None, gradient)
+                    self._sink.add_rows(call.layer, call.inputs, gradient, sent)
             first = False
 
     def _roots(self, outputs: Tensor) -> Iterator[Tensor]:

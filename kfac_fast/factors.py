@@ -10,13 +10,14 @@ from torch import Tensor
 from . import ops
 from .layers import Layer
 from .ops import BlockDiagonal, ConvRows
+from .statistics import Store, blend
 
 # Rows wait until this many bytes are there, so that one grouped call serves many layers; keeping all rows of a large
 # network for one call would hold what autograd frees.
 QUEUE_BYTES = 32 * 2**20
 
 
-class Factors:
+class Factors(Store):
     """All A and G of a network in one `BlockDiagonal`: first the A of every block, then the G.
 
     A is a mean over rows, G a sum over rows divided by the number M of loss terms, so that A ⊗ G is the Fisher of one
@@ -48,9 +49,11 @@ class Factors:
             block += layer.blocks
         self.running = BlockDiagonal.zeros(a_sizes + g_sizes, dtype, device)
         self.pending = self.running.empty_like()
-        self.pending.data.zero_()
+        self.sums = self.pending.data.zero_()
         self.trace = torch.zeros(2 * self.count, dtype=dtype, device=device)
-        self.updates = torch.zeros(2 * self.count, dtype=dtype, device=device)  # k, on the device: see `commit`
+        self.updates = torch.zeros(
+            2 * self.count, dtype=dtype, device=device
+        )  # k, on the device: see `statistics.blend`
         self._bias = [layer.bias is not None for layer in layers for _ in range(layer.blocks)] + [False] * self.count
         self._empty_rows = [
             self.running.data.new_empty(0, n - b) for n, b in zip(self.running.sizes, self._bias, strict=True)
@@ -66,13 +69,17 @@ class Factors:
         if getattr(self, "_dirty", False):
             self.pending.data.zero_()
         self._dirty = False
-        self._rows = [0] * self.count  # R of every block
-        self._terms: Tensor | None = None  # M
-        self._nonfinite: Tensor | None = None
+        self.rows = [0] * self.count  # R of every block
+        self.nonfinite = None
 
     @property
     def has_pending(self) -> bool:
         return bool(self._queue) or self._dirty
+
+    def bytes(self, layer: int) -> int:
+        """Of one set of the layer's A and G."""
+        own = self._layers[layer]
+        return own.blocks * (own.a_size**2 + own.g_size**2) * self.running.data.element_size()
 
     def blocks_of(self, layer: int) -> range:
         """The blocks of a layer, as positions among the A."""
@@ -81,7 +88,7 @@ class Factors:
 
     def seen(self, layer: int) -> bool:
         """Whether the layer has rows waiting for the next commit."""
-        return self._rows[self.first_block[layer]] > 0
+        return self.rows[self.first_block[layer]] > 0
 
     def add_rows(self, layer: int, inputs: Tensor | None, gradient: Tensor) -> None:
         """Queues one call's rows; see `capture.Sink`."""
@@ -90,13 +97,10 @@ class Factors:
             rows = self._layers[layer].input_rows(self._cast(inputs))
             self._push(block, rows)
             for i in range(block, block + self._layers[layer].blocks):
-                self._rows[i] += rows.shape[0]
+                self.rows[i] += rows.shape[0]
         self._push(self.count + block, self._layers[layer].output_rows(self._cast(gradient)))
         if self._queued_bytes > QUEUE_BYTES:
             self.flush()
-
-    def add_terms(self, terms: Tensor) -> None:
-        self._terms = terms if self._terms is None else self._terms + terms
 
     def _cast(self, rows: Tensor) -> Tensor:
         # float32 factors take half precision as it is; float64 has to agree.
@@ -121,34 +125,32 @@ class Factors:
                 rows.append(entry)
                 block += entry.groups if isinstance(entry, ConvRows) else 1
             nonfinite = ops.factor_update_(self.pending, rows, 1.0, 1.0, bias=self._bias).nonfinite
-            self._nonfinite = nonfinite if self._nonfinite is None else self._nonfinite | nonfinite
+            self.nonfinite = nonfinite if self.nonfinite is None else self.nonfinite | nonfinite
             self._dirty = True
         self._queued_bytes = 0
 
-    def commit(self) -> Tensor | None:
-        """Moves the pending sums into the running factors.
-
-        Returns:
-            ``[1]`` int32 on the device: 1 if they were finite and went in, 0 if nothing was changed; None if there was
-            nothing to commit.
-        """
-        self.flush()
-        if not self._dirty or self._nonfinite is None or self._terms is None:
-            self.reset()
-            return None
-        gate = (self._nonfinite.max() == 0).to(torch.int32).reshape(1)
-        data = self.running.data
-        rows = torch.tensor(self._rows + self._rows, dtype=data.dtype).to(data.device, non_blocking=True)
-        seen = rows > 0
-        terms = self._terms.to(data.dtype).clamp(min=1)
-        weight = torch.cat([rows[: self.count].clamp(min=1).reciprocal(), terms.reciprocal().expand(self.count)])
+    def commit(self, rows: Tensor, terms: Tensor, gate: Tensor) -> None:
+        weight = torch.cat([rows.clamp(min=1).reciprocal(), terms.clamp(min=1).reciprocal().expand(self.count)])
         if self._empirical_mean:  # rows are 1/M of the gradients of the sum
-            weight[self.count :] = terms
-        k = self.updates + seen
-        epsilon = torch.where(seen, (1 - 1 / k.clamp(min=1)).clamp(max=self._decay), torch.ones_like(k))
+            weight[self.count :] = terms.clamp(min=1)
+        seen = (rows > 0).repeat(2)
+        epsilon, self.updates = blend(self.updates, seen, gate, self._decay)
         self.trace = ops.commit_(self.running, self.pending, epsilon, (1 - epsilon) * weight, gate)
-        # k counts what really went in, so it depends on the gate and lives on the device with it.
-        self.updates = torch.where(gate != 0, k, self.updates)
         self._dirty = False  # commit_ zeroed the sums
-        self.reset()
-        return gate
+
+    def state(self, layer: int) -> dict[str, list[Tensor]]:
+        return {
+            **self.matrices_of("factor", self.running, layer),
+            "updates": self.per_side(self.updates, layer),
+            "trace": self.per_side(self.trace, layer),
+        }
+
+    def matrices_of(self, name: str, blocks: BlockDiagonal, layer: int) -> dict[str, list[Tensor]]:
+        """A layer's blocks in a buffer laid out like `running`, as entries ``a_name`` and ``g_name`` of a state."""
+        own = self.blocks_of(layer)
+        return {f"a_{name}": [blocks[i] for i in own], f"g_{name}": [blocks[self.count + i] for i in own]}
+
+    def per_side(self, values: Tensor, layer: int) -> list[Tensor]:
+        """A layer's entries of a vector over all A and G: of the A, of the G."""
+        own = self.blocks_of(layer)
+        return [values[first + own.start : first + own.stop] for first in (0, self.count)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,12 +61,18 @@ class Inverses:
         damping = torch.cat([pi * gamma, gamma / pi])
         return torch.where(self._factors.updates > 0, damping, torch.ones_like(damping))
 
-    def update(self, gamma: Tensor) -> None:
-        """Recomputes all inverses with γ ``[b]``, one number per block."""
+    def update(self, gamma: Tensor, blocks: Sequence[int] | None = None) -> None:
+        """Recomputes inverses with γ ``[b]``, one number per block; of these blocks only, or of all."""
         self._read_last_outcome()
         running = self._factors.running
         damping = self.damping(gamma)
-        _, info = ops.damped_inverse(running, damping, self.inverse)
+        if blocks is None:
+            _, info = ops.damped_inverse(running, damping, self.inverse)
+        else:
+            # Blocks that were not chosen are those that need no retry.
+            info = torch.zeros(2 * self._factors.count, dtype=torch.int32)
+            info[[first + i for first in (0, self._factors.count) for i in blocks]] = 1
+            _, info = ops.damped_inverse(running, damping, self.inverse, retry=info.to(running.device))
         if running.device.type == "cpu" or not bool(self.inverted.all()):
             # The first update has no last good inverse to fall back on, so here the host waits on any device.
             for block in info.nonzero().flatten().tolist():
@@ -77,6 +84,14 @@ class Inverses:
             ops.damped_inverse(running, damping * 10.0**attempt, self.inverse, retry=info)
         self.failures += first != 0
         self._info = first
+
+    def state(self, layer: int) -> dict[str, list[Tensor]]:
+        """A layer's inverses, counters of failures, and whether there is an inverse; see `Store.state`."""
+        return {
+            **self._factors.matrices_of("inverse", self.inverse, layer),
+            "failures": self._factors.per_side(self.failures, layer),
+            "inverted": self._factors.per_side(self.inverted, layer),
+        }
 
     def _read_last_outcome(self) -> None:
         if self._info is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive import CALIBRATION, Adaptive, AdaptiveRule
-from .checkpoint import check_layer_state, counters, layer_state, load_counters, load_layer_state
+from .checkpoint import check_counters, check_layer_state, counters, layer_state, load_counters, load_layer_state
 from .likelihoods import Likelihood
 from .ops.native import read_if_free
 from .preconditioner import Preconditioner, check_range
@@ -293,9 +293,12 @@ class KFAC(torch.optim.Optimizer):
         adaptive = plain["param_groups"][0].pop("adaptive", None)
         if (adaptive is None) != (self.rule is None):
             raise ValueError("state_dict and optimizer must both be adaptive, or neither")
-        values = {key: plain["param_groups"][0].pop(key, None) for key in ("step", "inversions", "sampler")}
+        values = {
+            key: plain["param_groups"][0].pop(key, None) for key in ("step", "inversions", "approximation", "sampler")
+        }
         if None in values.values():
-            raise ValueError("state_dict has no 'step', 'inversions' and 'sampler': it is truncated or not of a KFAC")
+            raise ValueError(f"state_dict has no {', '.join(map(repr, values))}: it is truncated or not of a KFAC")
+        check_counters(self.preconditioner, values)
         for i, layer in enumerate(self.preconditioner.layers):
             check_layer_state(self.preconditioner, i, state_dict["state"].get(position[id(layer.weight)], {}))
         by_position = {position[id(p)]: p for group in self.param_groups for p in group["params"]}

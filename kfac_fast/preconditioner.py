@@ -1,22 +1,25 @@
-"""`Preconditioner`: capture → factors → inverses → natural gradients, for any optimizer."""
+"""`Preconditioner`: capture → statistics → approximation → natural gradients, for any optimizer."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .capture import FISHERS, Capture
+from .approximations import APPROXIMATIONS, Approximation
+from .capture import FISHERS, Capture, Pass
 from .factors import Factors
-from .inverses import Inverses, KFACWarning
+from .inverses import KFACWarning
 from .layers import Layer, layer_for
 from .likelihoods import Likelihood, as_likelihood
 from .report import Report, Row
+from .statistics import Statistics
 
 # The running averages change fastest at the start, so the first inverses are always made anew (sec. 8).
 ALWAYS_INVERT_FIRST = 3
@@ -49,6 +52,7 @@ class Preconditioner:
         loss_reduction: "mean" or "sum", how the user's loss is scaled. Only the empirical Fisher depends on it.
         outputs: Finds the outputs in what the model returns, where that is not a tensor or has ``.logits``.
         seed: Of the generator that draws targets; the global generators are not used.
+        approximation: The structure of the approximate Fisher matrix: "block_diagonal".
         parameters: Only layers whose parameters are all among these are preconditioned; None is all.
 
     Raises:
@@ -71,6 +75,7 @@ class Preconditioner:
         loss_reduction: str = "mean",
         outputs: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
+        approximation: str = "block_diagonal",
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
         check_range("damping", damping, above=0.0)
@@ -81,6 +86,7 @@ class Preconditioner:
         if kl_clip is not None:
             check_range("kl_clip", kl_clip, above=0.0)
         check_choice("fisher", fisher, FISHERS)
+        check_choice("approximation", approximation, tuple(APPROXIMATIONS))
         if fisher == "empirical" and factor_fraction < 1:
             raise ValueError(f"factor_fraction must be 1 with fisher='empirical', got {factor_fraction:g}")
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
@@ -93,7 +99,7 @@ class Preconditioner:
         self.steps = 0
         self.inversions = 0
         self.model = _inner(model)
-        self._rows, self.layers = _discover(self.model, parameters)
+        self._found, self.layers = _discover(self.model, parameters)
         self.generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
         self._warned_about: set[int] = set()
@@ -102,12 +108,13 @@ class Preconditioner:
         self.factors = Factors(
             self.layers, decay, dtype, example.device, empirical_mean=fisher == "empirical" and loss_reduction == "mean"
         )
-        block_names = [
-            layer.name + (f"[group {group}]" if layer.blocks > 1 else "")
-            for layer in self.layers
-            for group in range(layer.blocks)
-        ]
-        self.inverses = Inverses(self.factors, block_names)
+        self.approximation = APPROXIMATIONS[approximation](self.layers, self.factors)
+        # Every part serves a run of consecutive layers.
+        self.parts: list[Approximation] = [self.approximation]
+        self._owner = [(part, i) for part in self.parts for i in range(len(part.layers))]
+        ends = list(accumulate((sum(layer.blocks for layer in part.layers) for part in self.parts), initial=0))
+        self._blocks_of_part = [slice(start, end) for start, end in pairwise(ends)]
+        self.statistics = Statistics([store for part in self.parts for store in part.stores])
         # Natural gradients of all covered parameters, in one buffer with a view per parameter.
         self.covered: list[nn.Parameter] = [p for layer in self.layers for p in layer.parameters]
         self.results_flat = torch.zeros(sum(p.numel() for p in self.covered), dtype=dtype, device=example.device)
@@ -167,14 +174,27 @@ class Preconditioner:
         """Commits the statistics gathered since the last step, if they are due."""
         if self.wants_statistics():
             self._warn_about_unseen_layers()
-            self.factors.commit()
+            self.statistics.commit()
 
     def update_inverses(self, gamma: Sequence[float]) -> None:
         """Recomputes all inverses with γ, one per layer."""
         self.inversions += 1
         per_block = [x for x, layer in zip(gamma, self.layers, strict=True) for _ in range(layer.blocks)]
         data = self.factors.running.data
-        self.inverses.update(torch.tensor(per_block, dtype=data.dtype).to(data.device, non_blocking=True))
+        every = torch.tensor(per_block, dtype=data.dtype).to(data.device, non_blocking=True)
+        for part, own in zip(self.parts, self._per_part(every), strict=True):
+            part.update(own)
+
+    def copy_inverses(self) -> list[Tensor]:
+        """The inverses in use, for `restore_inverses`."""
+        return [view.clone() for view in self._inverse_views()]
+
+    def restore_inverses(self, copies: Sequence[Tensor]) -> None:
+        """Puts back what `copy_inverses` gave."""
+        torch._foreach_copy_(self._inverse_views(), list(copies))
+
+    def _inverse_views(self) -> list[Tensor]:
+        return [view for part, i in self._owner for view in part.inverses(i)]
 
     def precondition(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Natural gradients of these gradients of `covered`, into `results`; ⟨V, U⟩ of every block."""
@@ -186,7 +206,21 @@ class Preconditioner:
             weight = next(given)
             bias = next(given).to(weight.dtype) if layer.bias is not None else None
             matrices += layer.matrices(weight, bias)
-        return ops.precondition(matrices, self.inverses.g, self.inverses.a, out=self._result_matrices).dot
+        dots = [
+            part.apply(own, out)
+            for part, own, out in zip(
+                self.parts, self._per_part(matrices), self._per_part(self._result_matrices), strict=True
+            )
+        ]
+        return dots[0] if len(dots) == 1 else torch.cat(dots)
+
+    def _per_part(self, values: Any) -> list[Any]:
+        """What there is for every block, cut where the parts end."""
+        return [values[own] for own in self._blocks_of_part]
+
+    def part_of(self, layer: int) -> tuple[Approximation, int]:
+        """The part that serves a layer, and the layer's number there."""
+        return self._owner[layer]
 
     def close(self) -> None:
         """Removes every hook from the model. Factors and inverses stay; no new statistics are gathered."""
@@ -197,17 +231,24 @@ class Preconditioner:
     def wants_statistics(self) -> bool:
         return self.steps % self.factor_every == 0
 
-    def add_rows(self, layer: int, inputs: Tensor | None, gradient: Tensor) -> None:
-        self.factors.add_rows(layer, inputs, gradient)
+    def add_rows(self, layer: int, inputs: Tensor, gradient: Tensor, sent: Pass) -> None:
+        part, own = self._owner[layer]
+        part.add_rows(own, inputs, gradient, sent)
 
     def add_terms(self, terms: Tensor) -> None:
-        self.factors.add_terms(terms)
+        self.statistics.add_terms(terms)
 
     # ---- about it ---------------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
         """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""
-        return Report(self._rows)
+        memory = {id(layer.weight): self.memory(i) for i, layer in enumerate(self.layers)}
+        return Report([Row.of(name, p, found, memory.get(id(p), 0)) for name, p, found in self._found])
+
+    def memory(self, layer: int) -> int:
+        """Bytes kept for a layer: statistics, pending sums, inverses."""
+        part, own = self._owner[layer]
+        return part.memory(own)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator that draws targets on a device."""
@@ -215,9 +256,13 @@ class Preconditioner:
             self.generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self.generators[device]
 
+    def _seen(self, layer: int) -> bool:
+        part, own = self._owner[layer]
+        return part.seen(own)
+
     def _warn_about_unseen_layers(self) -> None:
         for i, layer in enumerate(self.layers):
-            if self.capture.closed or i in self._warned_about or layer.weight.grad is None or self.factors.seen(i):
+            if self.capture.closed or i in self._warned_about or layer.weight.grad is None or self._seen(i):
                 continue
             self._warned_about.add(i)
             warnings.warn(
@@ -248,15 +293,18 @@ def _inner(model: nn.Module) -> nn.Module:
     return model.module
 
 
-def _discover(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> tuple[list[Row], list[Layer]]:
-    """A report row for every parameter of the model, and the layers that are preconditioned."""
+Found = tuple[str, nn.Parameter, Layer | str]
+
+
+def _discover(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> tuple[list[Found], list[Layer]]:
+    """Every parameter of the model with its layer or why it has none, and the layers that are preconditioned."""
     allowed = None if parameters is None else {id(p) for p in parameters}
     uses: dict[int, int] = {}
     for module in model.modules():
         for p in module._parameters.values():
             if p is not None:
                 uses[id(p)] = uses.get(id(p), 0) + 1
-    rows: list[Row] = []
+    every: list[Found] = []
     layers: list[Layer] = []
     listed: set[int] = set()
     for name, module in model.named_modules():
@@ -269,8 +317,8 @@ def _discover(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> tu
             if id(p) in listed:
                 continue
             listed.add(id(p))
-            rows.append(Row.of(f"{name}.{parameter_name}".lstrip("."), p, found))
-    return rows, layers
+            every.append((f"{name}.{parameter_name}".lstrip("."), p, found))
+    return every, layers
 
 
 def _reason_against(layer: Layer, uses: dict[int, int], allowed: set[int] | None, layers: list[Layer]) -> str | None:

@@ -10,9 +10,6 @@ from torch import nn
 
 from .layers import Layer
 
-# Running factors, pending sums and inverses.
-BUFFERS_PER_FACTOR = 3
-
 
 @dataclass(frozen=True)
 class Row:
@@ -23,7 +20,7 @@ class Row:
         shape: Of the parameter.
         kind: The `Layer` class that covers it, or "base update".
         factors: Sides of A and G and how many such blocks, ``(a, g, blocks)``; None under the base update.
-        bytes: Memory of factors, pending sums and inverses; counted at the layer's first parameter.
+        bytes: Memory of statistics, pending sums and inverses; counted at the layer's first parameter.
         reason: Why it is not covered; empty when it is.
     """
 
@@ -39,13 +36,11 @@ class Row:
         return self.factors is not None
 
     @classmethod
-    def of(cls, name: str, parameter: nn.Parameter, found: Layer | str) -> Row:
+    def of(cls, name: str, parameter: nn.Parameter, found: Layer | str, memory: int) -> Row:
         shape = tuple(parameter.shape)
         if isinstance(found, str):
             return cls(name, shape, "base update", None, 0, found if parameter.requires_grad else "it is frozen")
         a, g, blocks = found.a_size, found.g_size, found.blocks
-        element = 8 if parameter.element_size() == 8 else 4
-        memory = BUFFERS_PER_FACTOR * element * blocks * (a * a + g * g) if parameter is found.weight else 0
         return cls(name, shape, type(found).__name__, (a, g, blocks), memory, "")
 
 
@@ -57,7 +52,7 @@ class Report(Sequence[Row]):
 
     @property
     def bytes(self) -> int:
-        """Memory of all factors, pending sums and inverses."""
+        """Memory of all statistics, pending sums and inverses."""
         return sum(row.bytes for row in self._rows)
 
     def __len__(self) -> int:

@@ -129,7 +129,7 @@ def test_gamma_search_takes_the_lowest_model(monkeypatch: pytest.MonkeyPatch) ->
         result = propose(self, gradient, batches)
         pre = self.preconditioner
         a = pre.factors.running[0]
-        damped = torch.linalg.inv(pre.inverses.inverse[0]) - a  # πγ on the diagonal
+        damped = torch.linalg.inv(pre.approximation.damped.inverse[0]) - a  # πγ on the diagonal
         pi = math.sqrt(float(a.trace() / 5) / float(pre.factors.running[1].trace() / 3))
         tried.append((float(damped[0, 0]) / pi, result[1].change))
         return result
@@ -142,7 +142,7 @@ def test_gamma_search_takes_the_lowest_model(monkeypatch: pytest.MonkeyPatch) ->
     omega = math.sqrt(19 / 20) ** 2
     assert [g for g, _ in tried] == pytest.approx([gamma, omega * gamma, gamma / omega])
     assert rule.gamma == pytest.approx(min(tried, key=lambda t: t[1])[0])
-    inverse = torch.linalg.inv(problem.optimizer.preconditioner.inverses.inverse[0])
+    inverse = torch.linalg.inv(problem.optimizer.preconditioner.approximation.damped.inverse[0])
     pi_gamma = float((inverse - problem.optimizer.preconditioner.factors.running[0])[0, 0])
     assert pi_gamma == pytest.approx(rule.gamma * pi_gamma / min(tried, key=lambda t: t[1])[0])
 

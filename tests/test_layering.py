@@ -13,7 +13,7 @@ PACKAGE = ROOT / "kfac_fast"
 
 # A stage imports only what stands before it.
 ORDER = [
-    "_C", "ops", "layers", "report", "likelihoods", "passes", "products", "capture", "factors", "inverses", "preconditioner", "checkpoint", "adaptive", "optimizer",
+    "_C", "ops", "layers", "report", "likelihoods", "passes", "products", "capture", "statistics", "factors", "inverses", "approximations", "preconditioner", "checkpoint", "adaptive", "optimizer",
     "diagnostics",
 ]  # fmt: skip
 FREE = {"__init__", "__main__", "batches", "data"}
@@ -39,6 +39,13 @@ def test_stages_import_only_what_stands_before_them(path: Path) -> None:
     assert path.stem in ORDER, f"{path.name} is not in the order of stages"
     allowed = set(ORDER[: ORDER.index(path.stem)])
     assert package_imports(path) <= allowed
+
+
+def test_approximations_import_only_what_stands_before_them() -> None:
+    inside = {p.stem for p in (PACKAGE / "approximations").glob("*.py")}
+    allowed = inside | set(ORDER[: ORDER.index("approximations")])
+    for path in (PACKAGE / "approximations").glob("*.py"):
+        assert package_imports(path) <= allowed, path
 
 
 def test_ops_import_no_stage() -> None:

@@ -186,7 +186,7 @@ def test_parameter_groups_have_their_own_settings() -> None:
 def test_statistics_and_inverses_follow_their_schedules() -> None:
     model = mlp()
     optimizer = KFAC(model, factor_every=3, inverse_every=4)
-    factors, inverses = optimizer.preconditioner.factors, optimizer.preconditioner.inverses
+    factors, inverses = optimizer.preconditioner.factors, optimizer.preconditioner.approximation.damped
     updates, changed = [], []
     for _ in range(9):
         last = inverses.inverse.data.clone()
@@ -323,7 +323,7 @@ def test_an_indefinite_factor_is_rescued_alone_and_named_once() -> None:
     optimizer = KFAC(model, inverse_every=1)
     backward(model, *batch())
     optimizer.step()
-    factors, inverses = optimizer.preconditioner.factors, optimizer.preconditioner.inverses
+    factors, inverses = optimizer.preconditioner.factors, optimizer.preconditioner.approximation.damped
     factors.running[1].sub_(5000 * torch.eye(9))  # A of the second layer
     expected = ops.damped_inverse(factors.running, inverses.damping(torch.full((3,), 0.1))).inverse
     with pytest.warns(KFACWarning, match=r"factor A of 2 is not positive definite .*floored at the damping"):
@@ -342,7 +342,7 @@ def test_a_factor_with_nan_keeps_the_last_good_inverse() -> None:
     optimizer = KFAC(model)
     backward(model, *batch())
     optimizer.step()
-    inverses = optimizer.preconditioner.inverses
+    inverses = optimizer.preconditioner.approximation.damped
     last = inverses.inverse.clone()
     optimizer.preconditioner.factors.running[4][0, 0] = math.nan  # G of the second layer
     with pytest.warns(KFACWarning, match="factor G of 2 .* kept its last good inverse"):
@@ -363,7 +363,7 @@ def test_a_rank_deficient_factor_with_tiny_damping_trains_on() -> None:
             backward(model, x, y)
             optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
-    assert int(optimizer.preconditioner.inverses.failures[0]) > 0
+    assert int(optimizer.preconditioner.approximation.damped.failures[0]) > 0
 
 
 def test_dead_inputs_give_pi_one() -> None:
@@ -373,7 +373,7 @@ def test_dead_inputs_give_pi_one() -> None:
     F.cross_entropy(model(torch.zeros(5, 4, dtype=torch.float64)), torch.zeros(5, dtype=torch.long)).backward()
     optimizer.step()
     gamma = torch.full((1,), 0.2, dtype=torch.float64)
-    assert optimizer.preconditioner.inverses.damping(gamma).tolist() == [0.2, 0.2]
+    assert optimizer.preconditioner.approximation.damped.damping(gamma).tolist() == [0.2, 0.2]
     assert model[0].weight.isfinite().all()
 
 

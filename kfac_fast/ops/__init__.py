@@ -30,6 +30,7 @@ __all__ = [
     "BlockDiagonal",
     "ConvRows",
     "FactorStatistics",
+    "Gradient",
     "Inverse",
     "Preconditioned",
     "commit_",

@@ -1,0 +1,10 @@
+"""The structures of the approximate Fisher matrix that `Preconditioner` can use."""
+
+from __future__ import annotations
+
+from .base import Approximation
+from .block_diagonal import BlockDiagonalFisher
+
+__all__ = ["APPROXIMATIONS", "Approximation", "BlockDiagonalFisher"]
+
+APPROXIMATIONS = {kind.name: kind for kind in (BlockDiagonalFisher,)}

@@ -1,0 +1,70 @@
+"""One block A ⊗ G per layer, inverted factor by factor (Martens & Grosse 2015, sec. 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import ops
+from ..capture import Pass
+from ..factors import Factors
+from ..inverses import Inverses
+from ..layers import Layer
+from ..ops import Gradient
+from ..statistics import Store
+from .base import Approximation
+
+BUFFERS = 3  # running factors, pending sums, inverses
+
+
+class BlockDiagonalFisher(Approximation):
+    """U = G⁻¹ V A⁻¹ for every block.
+
+    Args:
+        layers: In the order in which rows and gradients come.
+        factors: Their running A and G.
+    """
+
+    name = "block_diagonal"
+
+    def __init__(self, layers: list[Layer], factors: Factors) -> None:
+        self.layers = layers
+        self.factors = factors
+        self.stores: list[Store] = [factors]
+        self.damped = Inverses(factors, block_names(layers))
+        self.failures = self.damped.failures
+
+    def add_rows(self, layer: int, inputs: Tensor, gradient: Tensor, sent: Pass) -> None:
+        self.factors.add_rows(layer, inputs if sent.first else None, gradient)
+
+    def seen(self, layer: int) -> bool:
+        return self.factors.seen(layer)
+
+    def update(self, gamma: Tensor, layers: Sequence[int] | None = None) -> None:
+        chosen = None
+        if layers is not None:
+            chosen = [block for layer in layers for block in self.factors.blocks_of(layer)]
+        self.damped.update(gamma, chosen)
+
+    def inverses(self, layer: int) -> list[Tensor]:
+        count, own = self.factors.count, self.factors.blocks_of(layer)
+        return [self.damped.inverse[first + i] for first in (0, count) for i in own]
+
+    def apply(self, gradients: Sequence[Gradient], out: Sequence[Gradient]) -> Tensor:
+        return ops.precondition(gradients, self.damped.g, self.damped.a, out=out).dot
+
+    def state(self, layer: int) -> dict[str, list[Tensor]]:
+        return {**self.factors.state(layer), **self.damped.state(layer)}
+
+    def memory(self, layer: int) -> int:
+        return BUFFERS * self.factors.bytes(layer)
+
+
+def block_names(layers: Sequence[Layer]) -> list[str]:
+    """Of every block, for warnings."""
+    return [
+        layer.name + (f"[group {group}]" if layer.blocks > 1 else "")
+        for layer in layers
+        for group in range(layer.blocks)
+    ]
