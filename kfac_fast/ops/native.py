@@ -64,7 +64,7 @@ def view_tensors(tensors: list[Any]) -> _C.TensorViews:
 
 
 def _describe(tensor: Any) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...]]:
-    if type(tensor) not in _PLAIN_TYPES or tensor.layout != torch.strided:
+    if type(tensor) not in _PLAIN_TYPES or tensor.layout != torch.strided or not is_plain(tensor):
         return 0, -1, 0, (), ()
     code = DTYPE_CODES.get(tensor.dtype, -1)
     return tensor.data_ptr(), code, device_code(tensor.device), tuple(tensor.shape), tensor.stride()

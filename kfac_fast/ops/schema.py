@@ -119,7 +119,13 @@ def _(blocks, sizes, damping, out, info, retry):
     return None
 
 
-@torch.library.custom_op("kfac_fast::precondition", mutates_args=())
+# The schema is written out since torch before 2.7 infers none from list[Tensor] inside a tuple.
+@torch.library.custom_op(
+    "kfac_fast::precondition",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor?[] biases, Tensor g_inverse, SymInt[] g_sizes, Tensor a_inverse, SymInt[] a_sizes)"
+    " -> (Tensor[], Tensor)",
+)
 def precondition(
     grads: Sequence[Tensor],
     biases: Sequence[Tensor | None],
