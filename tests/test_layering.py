@@ -14,7 +14,7 @@ PACKAGE = ROOT / "kfac_fast"
 # A stage imports only what stands before it.
 ORDER = [
     "_C", "ops", "layers", "report", "likelihoods", "passes", "products", "capture", "statistics", "factors", "inverses", "approximations", "preconditioner", "checkpoint", "adaptive", "optimizer",
-    "diagnostics",
+    "diagnostics", "plot",
 ]  # fmt: skip
 FREE = {"__init__", "__main__", "batches", "data"}
 
