@@ -10,76 +10,55 @@ How one forward and backward pass is seen (fisher = "mc" or "exact"):
    log-likelihood at *sampled* targets is sent from there to all noted edges: an extra pass that touches no parameter
    gradient, whatever the scale of the user's loss. Loss terms with an exactly zero gradient were ignored by the user's
    loss and do not count.
-
-With a fraction below 1 only the model's inputs are noted in forward, and step 3 runs the model again on that part of
-the batch (sec. 8 of the paper uses 1/8), with buffers and random generators restored: statistics then cost a fraction
-of a pass instead of a whole one.
+4. When the user's backward pass has ended, the statistics count. Those of one that raised are dropped.
 
 With fisher = "empirical" the gradients of the user's own pass are taken, by hooks on the modules' outputs.
+
+*A pass of its own.* Where the user's passes do not show what is needed, only the model's inputs are noted in forward.
+The model is run again when the user's backward pass has ended and its activations are free, with buffers and random
+generators restored, under the same autocast, and with fused modules computed in parts (`Layer.forward_in_parts`). That
+is so with a fraction below 1 (sec. 8 of the paper uses 1/8; statistics then cost that much of a pass instead of a whole
+one) and for layers that need it. "empirical" then sends on the user's gradient of the outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
+from .hooks import Hook
 from .layers import Layer
 from .likelihoods import Likelihood
-from .passes import ModelInputs, unnoticed
+from .ops.native import read_if_free
+from .passes import ModelInputs, autocast_now, unnoticed
+from .tape import Call, Sender, Sink, Tape
 
 FISHERS = ("mc", "exact", "empirical")
 
 
-@dataclass(eq=False)
-class Pass:
-    """One gradient sent through the network: what it brings to different layers belongs to the same examples.
+class _Here(threading.local):
+    """What this thread is doing with one model."""
 
-    Attributes:
-        layers: The layer of every call in the forward pass, in order; a module called twice is there twice.
-        first: Whether no other gradient was sent through the same forward pass before, so that the inputs are new.
-    """
-
-    layers: list[int]
-    first: bool = True
+    tape: Tape | None = None  # of the forward pass that is running
+    paused = False
 
 
-class Sink(Protocol):
-    """What receives the statistics."""
+class _Extra(threading.local):
+    """Whether this thread is in an extra pass: of any capture, for a model may have several."""
 
-    def wants_statistics(self) -> bool:
-        """Whether the coming forward pass should be looked at."""
-
-    def add_rows(self, layer: int, inputs: Tensor, gradient: Tensor, sent: Pass) -> None:
-        """One call of a layer: its inputs, and the gradient that a pass sent to its output."""
-
-    def add_terms(self, terms: Tensor) -> None:
-        """The number of loss terms, a 0-d tensor, of the gradients that were just given."""
+    running = False
 
 
-@dataclass
-class _Call:
-    layer: int
-    inputs: Tensor
-    edge: GradientEdge | None  # None: its gradient is the one that is sent
-
-
-@dataclass(eq=False)
-class _Tape:
-    """The calls of one forward pass of the model."""
-
-    inputs: ModelInputs
-    statistics: bool
-    calls: list[_Call] = field(default_factory=list)
-    sent: Pass = field(default_factory=lambda: Pass([]))  # the user's own backward pass, for the empirical Fisher
-    used: bool = False  # a supported module took part
+_extra = _Extra()
 
 
 class Capture:
@@ -87,7 +66,7 @@ class Capture:
 
     Args:
         model: The module whose outputs the loss is computed from.
-        layers: Supported modules of the model.
+        layers: Supported layers of the model.
         likelihood: What the outputs mean.
         fisher: "mc", "exact" or "empirical".
         fraction: Of the examples of a batch that statistics are taken from, in (0, 1].
@@ -109,27 +88,33 @@ class Capture:
         generators: Callable[[torch.device], torch.Generator],
     ) -> None:
         self._model = model
+        self._layers = layers
+        self._layer_of = {id(layer.weight): i for i, layer in enumerate(layers)}
         self.likelihood = likelihood
         self._fisher = fisher
         self._fraction = fraction
-        self._passes = 0  # made on a fraction of a batch
+        self._own_pass = fraction < 1 or any(layer.needs_own_pass for layer in layers)
+        self._own_passes = 0
         self._sink = sink
+        self._sender = Sender(likelihood, fisher, sink, generators)
         self.find_outputs = outputs or _find_outputs
-        self._generators = generators
-        self._open: _Tape | None = None  # of the forward pass that is running
-        self._tapes: weakref.WeakSet[_Tape] = weakref.WeakSet()
-        self._in_extra_pass = False
+        self._device_types = tuple(sorted({p.device.type for p in model.parameters()}))
+        self._here = _Here()
+        self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
+        self._unfinished: dict[Tape, int] = {}  # backward pass under way or failed; the thread it is or was on
         self._checked_gradient = False
         # Inputs and counted loss terms of the forward passes since `forget` that were followed by a backward pass.
         self.keep_batches = False
         self.batches: list[tuple[ModelInputs, Tensor]] = []
+        in_parts = {id(layer.module) for layer in layers if layer.forward_in_parts(_note_nothing) is not None}
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self, Capture._before_model), with_kwargs=True),
+            model.register_forward_pre_hook(Hook(self, Capture._before_model), with_kwargs=True),
             *(
-                layer.module.register_forward_hook(_Hook(self, Capture._after_layer, index), with_kwargs=True)
+                layer.module.register_forward_hook(Hook(self, Capture._after_layer, index), with_kwargs=True)
                 for index, layer in enumerate(layers)
+                if id(layer.module) not in in_parts
             ),
-            model.register_forward_hook(_Hook(self, Capture._after_model), always_call=True),
+            model.register_forward_hook(Hook(self, Capture._after_model), always_call=True),
         ]
 
     def close(self) -> None:
@@ -144,52 +129,64 @@ class Capture:
         return not self._handles
 
     def forget(self) -> None:
-        """Drops the calls of forward passes whose backward pass never came."""
+        """Drops forward passes whose backward pass never came, and all statistics since the last step if one failed."""
         for tape in list(self._tapes):
-            tape.calls.clear()
-            tape.used = False
-        self._open = None
+            tape.close()
+        self._drop_unfinished()
+        self._here.tape = None
         self.batches = []
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, forward and backward passes of the model are not looked at."""
-        before, self._in_extra_pass = self._in_extra_pass, True
+        """Inside, forward passes of the model in this thread are not looked at."""
+        before, self._here.paused = self._here.paused, True
         try:
             yield
         finally:
-            self._in_extra_pass = before
+            self._here.paused = before
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def _before_model(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._in_extra_pass:
+    def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        here = self._here
+        if _extra.running or here.paused:
             return
-        self._open = None
+        here.tape = None
+        # Inside a backward pass this is a checkpoint that computes the model again.
+        if self._unfinished and torch._C._current_graph_task_id() == -1:
+            self._drop_unfinished(threading.get_ident())
         wanted = self._sink.wants_statistics()
         if torch.is_grad_enabled() and (wanted or self.keep_batches):
-            self._open = _Tape(ModelInputs(args, kwargs, 0), wanted)
+            inputs = ModelInputs(args, kwargs, 0, autocast_now(self._device_types))
+            here.tape = Tape(inputs, wanted, notes=wanted and not self._own_pass)
 
     def _after_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tape = self._open
-        if tape is None or not (isinstance(output, Tensor) and output.requires_grad):
+        tape = self._here.tape
+        if tape is None or not tape.notes or not isinstance(output, Tensor):
             return
-        tape.used = True
-        if not self._in_extra_pass and (self._fraction < 1 or not tape.statistics):
+        node = output.grad_fn
+        if node is None:
             return
-        inputs = args[0] if args else kwargs["input"]
-        call = _Call(index, inputs.detach(), get_gradient_edge(output))
-        tape.calls.append(call)
-        if self._fisher == "empirical":
-            rows, sent = call.inputs, tape.sent
-            sent.layers.append(index)
-            output.register_hook(lambda gradient: self._from_user(index, rows, gradient, sent))
+        inputs = self._layers[index].inputs(args, kwargs)
+        tape.calls.append(Call(index, inputs, GradientEdge(node, output.output_nr)))
+        if self._fisher == "empirical" and not self._own_pass:
+            tape.user.layers.append(index)
+            output.register_hook(partial(self._from_user, tape, index, inputs))
 
-    def _after_model(self, index: int, args: Any, result: Any) -> None:
-        if self._in_extra_pass:
-            return  # `_run_part` opened the tape and closes it
-        tape, self._open = self._open, None
-        if tape is None or not tape.used or result is None:
+    def _note(self, weight: nn.Parameter, inputs: Any, output: Tensor, block: int = 0) -> None:
+        """`layers.Note`, for the pass that is running."""
+        tape, index = self._here.tape, self._layer_of.get(id(weight))
+        node = output.grad_fn
+        if tape is not None and index is not None and node is not None:
+            inputs = inputs.detach() if isinstance(inputs, Tensor) else inputs
+            tape.calls.append(Call(index, inputs, GradientEdge(node, output.output_nr), block))
+
+    def _after_model(self, args: Any, result: Any) -> None:
+        here = self._here
+        if _extra.running or here.paused:
+            return  # `_run_again` opened the tape and closes it
+        tape, here.tape = here.tape, None
+        if tape is None or result is None or (tape.notes and not tape.calls and not self.keep_batches):
             return
         outputs = self.find_outputs(result)
         self.likelihood.check(outputs)
@@ -197,19 +194,21 @@ class Capture:
             return
         self._tapes.add(tape)
         tape.inputs = dataclasses.replace(tape.inputs, size=len(outputs))
+        tape.cut_own_edges(outputs)
         number, values = outputs.output_nr, outputs.detach()
-        _cut_own_edges(tape.calls, outputs)
         outputs.register_hook(lambda gradient: self._at_outputs(tape, number, values, gradient))
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    def _from_user(self, layer: int, inputs: Tensor, gradient: Tensor, sent: Pass) -> None:
+    def _from_user(self, tape: Tape, layer: int, inputs: Tensor, gradient: Tensor) -> None:
+        if _extra.running or tape.closed:
+            return
         if torch.is_grad_enabled():
             raise RuntimeError(_CREATE_GRAPH)
-        self._sink.add_rows(layer, inputs, gradient.detach(), sent)
+        self._sink.add_rows(layer, inputs, gradient.detach(), tape.user)
 
-    def _at_outputs(self, tape: _Tape, number: int, outputs: Tensor, gradient: Tensor) -> None:
-        if self._in_extra_pass or not tape.used:
+    def _at_outputs(self, tape: Tape, number: int, outputs: Tensor, gradient: Tensor) -> None:
+        if _extra.running or tape.closed:
             return
         if torch.is_grad_enabled():
             raise RuntimeError(_CREATE_GRAPH)
@@ -217,84 +216,90 @@ class Capture:
         if not self._checked_gradient:
             self._check_gradient(outputs, gradient)
         counted = self._counted(outputs, gradient)
-        calls, tape.calls, tape.used = tape.calls, [], False
-        if self.keep_batches:
-            self.batches.append((tape.inputs, counted))
+        if tape.counted is None:
+            if self.keep_batches:
+                self.batches.append((tape.inputs, counted))
+            tape.counted = counted
+        else:  # another backward pass through the same outputs: of losses on other terms, perhaps
+            if tape.statistics and self._fisher == "empirical":
+                raise RuntimeError(_SECOND_BACKWARD)
+            counted = counted & ~tape.counted
+            if read_if_free(counted.any()) is False:
+                return
+            tape.counted |= counted
         if not tape.statistics:
             return
-        if self._fisher != "empirical":
-            self._in_extra_pass = True
-            try:
-                if self._fraction < 1:
-                    counted = self._run_part(tape.inputs, counted)
-                else:
-                    self._send(calls, GradientEdge(torch._C._current_autograd_node(), number), outputs, counted)
-            finally:
-                self._in_extra_pass = False
-        self._sink.add_terms(counted.sum())
+        self._unfinished[tape] = threading.get_ident()
+        if not self._own_pass and self._fisher != "empirical":
+            source = GradientEdge(torch._C._current_autograd_node(), number)
+            with _extra_pass():
+                self._sender.send(tape, source, outputs, gradient, counted)
+        elif tape.calls:
+            tape.calls = []
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, tape, gradient, counted))
 
-    def _run_part(self, inputs: ModelInputs, counted: Tensor) -> Tensor:
-        """Runs the model on part of the batch and sends the gradients there; which loss terms of it count."""
-        if not inputs.divisible:
-            raise ValueError(
-                f"factor_fraction={self._fraction:g} needs a model input whose first dimension is the batch, like the "
-                f"outputs' ({inputs.size}); pass factor_fraction=1"
-            )
-        part, chosen = inputs.part(self._fraction, self._passes)
-        self._passes += 1
-        tape = _Tape(part, statistics=True)
-        with unnoticed(self._model), torch.enable_grad():
-            self._open = tape
+    def _finish(self, tape: Tape, gradient: Tensor, counted: Tensor) -> None:
+        """The backward pass of a tape has ended."""
+        if tape not in self._unfinished:
+            return
+        if self._own_pass:
+            counted = self._run_again(tape.inputs, gradient, counted)
+        self._sink.add_terms(counted.sum())
+        del self._unfinished[tape]
+
+    def _run_again(self, inputs: ModelInputs, gradient: Tensor, counted: Tensor) -> Tensor:
+        """A pass of its own on the batch or a part of it; which loss terms of that count."""
+        chosen = slice(None)
+        if self._fraction < 1:
+            if not inputs.divisible:
+                raise ValueError(
+                    f"factor_fraction={self._fraction:g} needs a model input whose first dimension is the batch, like "
+                    f"the outputs' ({inputs.size}); pass factor_fraction=1"
+                )
+            inputs, chosen = inputs.part(self._fraction, self._own_passes)
+        self._own_passes += 1
+        gradient, counted = gradient[chosen], counted[chosen]
+        tape = Tape(inputs, statistics=True, notes=True)
+        with _extra_pass(), unnoticed(self._model), torch.enable_grad(), self._in_parts():
+            self._here.tape = tape
             try:
-                outputs = self.find_outputs(self._model(*part.args, **part.kwargs))
+                outputs = self.find_outputs(inputs.run(self._model))
             finally:
-                self._open = None
-            _cut_own_edges(tape.calls, outputs)
-            counted = counted[chosen]
-            self._send(tape.calls, outputs, outputs.detach(), counted)
+                self._here.tape = None
+            tape.cut_own_edges(outputs)
+            self._sender.send(tape, outputs, outputs.detach(), gradient, counted)
         return counted
+
+    @contextlib.contextmanager
+    def _in_parts(self) -> Iterator[None]:
+        """Inside, fused modules compute in parts that are noted."""
+        replaced: list[tuple[nn.Module, Any]] = []
+        try:
+            for layer in self._layers:
+                if any(layer.module is module for module, _ in replaced):
+                    continue
+                forward = layer.forward_in_parts(self._note)
+                if forward is not None:
+                    replaced.append((layer.module, layer.module.__dict__.get("forward")))
+                    layer.module.__dict__["forward"] = forward
+            yield
+        finally:
+            for module, before in replaced:
+                if before is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = before
+
+    def _drop_unfinished(self, thread: int | None = None) -> None:
+        """After a backward pass that raised (on this thread, if one is named), drops all that waits for the step."""
+        if self._unfinished and (thread is None or thread in self._unfinished.values()):
+            self._unfinished.clear()
+            self._sink.drop()
 
     def _counted(self, outputs: Tensor, gradient: Tensor) -> Tensor:
         """Which loss terms count, in the shape of the terms."""
         used = self.likelihood.per_term((gradient != 0).to(torch.uint8)) != 0
         return used | self.likelihood.determined(outputs)
-
-    def _send(self, calls: list[_Call], source: Tensor | GradientEdge, outputs: Tensor, counted: Tensor) -> None:
-        """The extra pass: from the outputs to the output edge of every call."""
-        edges = [call.edge for call in calls if call.edge is not None]
-        mask = self.likelihood.spread(counted)
-        layers = [call.layer for call in calls]
-        first = True
-        for root in self._roots(outputs):
-            sent = Pass(layers, first)
-            root = torch.where(mask, root, torch.zeros_like(root))
-            found = iter(
-                torch.autograd.grad(source, edges, root, retain_graph=True, allow_unused=True) if edges else ()
-            )
-            for call in calls:
-                gradient = root if call.edge is None else next(found)
-                if gradient is not None:  # None: the outputs do not depend on this call
-                    self._sink.add_rows(call.layer, call.inputs, gradient, sent)
-            first = False
-
-    def _roots(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Output gradients whose outer products sum (exact) or average (mc) to the Fisher of the outputs."""
-        if self._fisher == "mc":
-            yield self.likelihood.sample_gradient(outputs, self._generators(outputs.device))
-            return
-        # Positions of one example (pixels, tokens) may share rows below, where their gradients must not mix: one at a
-        # time. Examples do not mix.
-        shape = self.likelihood.terms_shape(outputs)
-        positions = torch.Size(shape[1:]).numel()
-        for v in self.likelihood.fisher_root(outputs):
-            for position in range(positions):
-                if positions == 1:
-                    yield v
-                    continue
-                only = torch.zeros(positions, dtype=torch.bool, device=v.device)
-                only[position] = True
-                only = only.view(shape[1:]).expand(shape)
-                yield torch.where(self.likelihood.spread(only), v, torch.zeros_like(v))
 
     def _check_gradient(self, outputs: Tensor, gradient: Tensor) -> None:
         if not bool(gradient.isfinite().all()):
@@ -310,50 +315,21 @@ class Capture:
             )
 
 
-def _cut_own_edges(calls: list[_Call], outputs: Tensor) -> None:
-    """Marks calls whose output is what the outputs' gradient is sent to: they get that gradient itself.
+@contextlib.contextmanager
+def _extra_pass() -> Iterator[None]:
+    """Inside, the hooks of every capture ignore what this thread does but for a tape that is open."""
+    before, _extra.running = _extra.running, True
+    try:
+        yield
+    finally:
+        _extra.running = before
 
-    A hook must not hold the edge of the tensor it is on: that cycle runs through C++ and is never collected.
-    """
-    for call in calls:
-        if call.edge is not None and call.edge.node is outputs.grad_fn:
-            call.edge = None
+
+def _note_nothing(weight: nn.Parameter, inputs: Any, output: Tensor, block: int = 0) -> None:
+    """A `layers.Note` to ask with whether a layer has parts."""
 
 
-class _Hook:
-    """A hook that dies with its `Capture`, and that copies of the model do not carry on.
-
-    A deepcopied or unpickled model (EMA, SWA) has modules that are not the optimizer's; the copy of the hook removes
-    itself when it is first called.
-    """
-
-    __slots__ = ("_capture", "_handler", "_index")
-
-    def __init__(self, capture: Capture | None, handler: Callable[..., None] | None = None, index: int = -1) -> None:
-        self._capture = None if capture is None else weakref.ref(capture)
-        self._handler = handler
-        self._index = index
-
-    def __call__(self, module: nn.Module, *arguments: Any) -> None:
-        capture = None if self._capture is None else self._capture()
-        if capture is None:
-            self._remove_from(module)
-        elif self._handler is not None:
-            self._handler(capture, self._index, *arguments)
-
-    def _remove_from(self, module: nn.Module) -> None:
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook is self]:
-                del hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook(None)
-
-    def __reduce__(self) -> Any:
-        return _Hook, (None,)
-
+_SECOND_BACKWARD = "fisher='empirical' takes one backward pass per forward pass of the model: add up the losses first"
 
 _CREATE_GRAPH = (
     "K-FAC statistics cannot be gathered in a backward pass with create_graph=True. Take higher-order gradients in a "

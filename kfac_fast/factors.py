@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,15 +89,15 @@ class Factors(Store):
 
     def seen(self, layer: int) -> bool:
         """Whether the layer has rows waiting for the next commit."""
-        return self.rows[self.first_block[layer]] > 0
+        return any(self.rows[block] > 0 for block in self.blocks_of(layer))
 
-    def add_rows(self, layer: int, inputs: Tensor | None, gradient: Tensor) -> None:
-        """Queues one call's rows; see `capture.Sink`."""
-        block = self.first_block[layer]
+    def add_rows(self, layer: int, inputs: Any | None, gradient: Tensor, block: int = 0) -> None:
+        """Queues one call's rows, from the layer's given block on; see `tape.Sink`. None: no new inputs."""
+        block += self.first_block[layer]
         if inputs is not None:
             rows = self._layers[layer].input_rows(self._cast(inputs))
             self._push(block, rows)
-            for i in range(block, block + self._layers[layer].blocks):
+            for i in range(block, block + (rows.groups if isinstance(rows, ConvRows) else 1)):
                 self.rows[i] += rows.shape[0]
         self._push(self.count + block, self._layers[layer].output_rows(self._cast(gradient)))
         if self._queued_bytes > QUEUE_BYTES:

@@ -7,7 +7,8 @@ To support another kind of module, subclass `Layer`, list the module types in `k
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,21 @@ def register(layer: type[Layer]) -> type[Layer]:
     return layer
 
 
+class Note(Protocol):
+    """What a function of `Layer.forward_in_parts` calls for every use of a parameter."""
+
+    def __call__(self, weight: nn.Parameter, inputs: Any, output: Tensor, block: int = 0) -> None:
+        """Notes one use.
+
+        Args:
+            weight: The `Layer.weight` of the layer whose rows these are. One that no layer in use has is left out.
+            inputs: What that layer's `input_rows` takes.
+            output: The part's output; its gradient goes to that layer's `output_rows`.
+            block: Where a layer has several blocks with rows of their own (q, k and v of a packed projection): the
+                first of those that `input_rows` and `output_rows` give rows for.
+        """
+
+
 class Layer(ABC):
     """One module's weight, and bias if it has one, as one or more blocks A ⊗ G.
 
@@ -35,9 +51,26 @@ class Layer(ABC):
 
     kinds: ClassVar[tuple[type[nn.Module], ...]]
 
+    # Its rows can't be had from the user's own forward pass: the model is then run again for the statistics.
+    needs_own_pass: bool = False
+
     def __init__(self, name: str, module: Any) -> None:
         self.name = name
         self.module = module
+
+    def forward_in_parts(self, note: Note) -> Callable[..., Any] | None:
+        """A function that computes what ``module.forward`` does in parts, for modules that are one fused call.
+
+        It stands in for ``module.forward`` during a statistics pass and calls ``note`` for every use of every weight.
+        Several layers may share a module; the first one's function that is not None is taken and notes for all.
+        None, the default: the module has one weight, and its own input and output are noted.
+        """
+        return None
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `input_rows` takes, from the arguments of a call of the module; must not be part of a graph."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        return x.detach()
 
     @classmethod
     def unsupported(cls, module: Any) -> str | None:

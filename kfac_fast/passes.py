@@ -1,8 +1,9 @@
-"""Running the model again on part of a batch, so that nobody notices: for statistics and curvature products."""
+"""Running the model again, on a batch or part of it, so that nobody notices: for statistics and curvature products."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+# Device type, whether autocast was on there, and its dtype.
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+def autocast_now(device_types: tuple[str, ...]) -> Autocast:
+    """The state of autocast, for `ModelInputs`."""
+    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types)
 
 
 @dataclass(frozen=True)
@@ -20,11 +29,13 @@ class ModelInputs:
         args: Positional arguments.
         kwargs: Keyword arguments.
         size: Number of examples, the first dimension of the outputs.
+        autocast: The state of autocast around the call.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     size: int
+    autocast: Autocast = ()
 
     @property
     def divisible(self) -> bool:
@@ -45,7 +56,19 @@ class ModelInputs:
             return leaf[chosen] if self._is_batched(leaf) else leaf
 
         args, kwargs = tree_map(take, (self.args, self.kwargs))
-        return ModelInputs(args, kwargs, len(range(self.size)[chosen])), chosen
+        return dataclasses.replace(self, args=args, kwargs=kwargs, size=len(range(self.size)[chosen])), chosen
+
+    def run(self, model: nn.Module) -> Any:
+        """Calls the model, under the autocast of the first call and cut off from the graph of the arguments."""
+
+        def cut(leaf: Any) -> Any:
+            return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = tree_map(cut, (self.args, self.kwargs))
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype, enabled))
+            return model(*args, **kwargs)
 
     def _is_batched(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.size

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from . import ops
 from .approximations import APPROXIMATIONS, Approximation
-from .capture import FISHERS, Capture, Pass
+from .capture import FISHERS, Capture
 from .factors import Factors
 from .inverses import KFACWarning
 from .layers import Layer, layer_for
 from .likelihoods import Likelihood, as_likelihood
 from .report import Report, Row
 from .statistics import Statistics
+from .tape import Pass
 
 # The running averages change fastest at the start, so the first inverses are always made anew (sec. 8).
 ALWAYS_INVERT_FIRST = 3
@@ -226,17 +227,20 @@ class Preconditioner:
         """Removes every hook from the model. Factors and inverses stay; no new statistics are gathered."""
         self.capture.close()
 
-    # ---- capture.Sink -----------------------------------------------------------------------------------------------
+    # ---- tape.Sink --------------------------------------------------------------------------------------------------
 
     def wants_statistics(self) -> bool:
         return self.steps % self.factor_every == 0
 
-    def add_rows(self, layer: int, inputs: Tensor, gradient: Tensor, sent: Pass) -> None:
+    def add_rows(self, layer: int, inputs: Any, gradient: Tensor, sent: Pass, block: int = 0) -> None:
         part, own = self._owner[layer]
-        part.add_rows(own, inputs, gradient, sent)
+        part.add_rows(own, inputs, gradient, sent, block)
 
     def add_terms(self, terms: Tensor) -> None:
         self.statistics.add_terms(terms)
+
+    def drop(self) -> None:
+        self.statistics.reset()
 
     # ---- about it ---------------------------------------------------------------------------------------------------
 

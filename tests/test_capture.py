@@ -267,9 +267,10 @@ def test_log_probabilities_are_accepted_as_logits() -> None:
     ],
 )
 def test_outputs_that_do_not_fit_the_likelihood(model: nn.Module, likelihood: str, message: str) -> None:
-    Preconditioner(model, likelihood=likelihood)
+    pre = Preconditioner(model, likelihood=likelihood)
     with pytest.raises(ValueError, match=message):
         model(torch.randn(5, 3))
+    pre.close()
 
 
 class Structured(nn.Module):

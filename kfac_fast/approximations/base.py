@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..capture import Pass
 from ..layers import Layer
 from ..ops import Gradient
 from ..statistics import Store
+from ..tape import Pass
 
 
 class Approximation(ABC):
@@ -33,8 +33,8 @@ class Approximation(ABC):
     failures: Tensor
 
     @abstractmethod
-    def add_rows(self, layer: int, inputs: Tensor, gradient: Tensor, sent: Pass) -> None:
-        """Takes one call's rows; see `capture.Sink`."""
+    def add_rows(self, layer: int, inputs: Any, gradient: Tensor, sent: Pass, block: int = 0) -> None:
+        """Takes one call's rows; see `tape.Sink`."""
 
     @abstractmethod
     def seen(self, layer: int) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from .. import ops
-from ..capture import Pass
 from ..factors import Factors
 from ..inverses import Inverses
 from ..layers import Layer
 from ..ops import Gradient
 from ..statistics import Store
+from ..tape import Pass
 from .base import Approximation
 
 BUFFERS = 3  # running factors, pending sums, inverses
@@ -35,8 +36,8 @@ class BlockDiagonalFisher(Approximation):
         self.damped = Inverses(factors, block_names(layers))
         self.failures = self.damped.failures
 
-    def add_rows(self, layer: int, inputs: Tensor, gradient: Tensor, sent: Pass) -> None:
-        self.factors.add_rows(layer, inputs if sent.first else None, gradient)
+    def add_rows(self, layer: int, inputs: Any, gradient: Tensor, sent: Pass, block: int = 0) -> None:
+        self.factors.add_rows(layer, inputs if sent.first else None, gradient, block)
 
     def seen(self, layer: int) -> bool:
         return self.factors.seen(layer)
