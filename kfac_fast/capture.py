@@ -33,10 +33,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .hooks import Hook
-from .layers import Layer
+from .layers import Inputs, Layer
 from .likelihoods import Likelihood
 from .ops.native import read_if_free
 from .passes import ModelInputs, autocast_now, unnoticed
@@ -89,7 +89,6 @@ class Capture:
     ) -> None:
         self._model = model
         self._layers = layers
-        self._layer_of = {id(layer.weight): i for i, layer in enumerate(layers)}
         self.likelihood = likelihood
         self._fisher = fisher
         self._fraction = fraction
@@ -106,13 +105,13 @@ class Capture:
         # Inputs and counted loss terms of the forward passes since `forget` that were followed by a backward pass.
         self.keep_batches = False
         self.batches: list[tuple[ModelInputs, Tensor]] = []
-        in_parts = {id(layer.module) for layer in layers if layer.forward_in_parts(_note_nothing) is not None}
         self._handles = [
             model.register_forward_pre_hook(Hook(self, Capture._before_model), with_kwargs=True),
             *(
-                layer.module.register_forward_hook(Hook(self, Capture._after_layer, index), with_kwargs=True)
+                module.register_forward_hook(Hook(self, Capture._after_layer, index), with_kwargs=True)
                 for index, layer in enumerate(layers)
-                if id(layer.module) not in in_parts
+                if layer.forward_in_parts(_note_nothing) is None
+                for module in layer.modules
             ),
             model.register_forward_hook(Hook(self, Capture._after_model), always_call=True),
         ]
@@ -173,13 +172,11 @@ class Capture:
             tape.user.layers.append(index)
             output.register_hook(partial(self._from_user, tape, index, inputs))
 
-    def _note(self, weight: nn.Parameter, inputs: Any, output: Tensor, block: int = 0) -> None:
-        """`layers.Note`, for the pass that is running."""
-        tape, index = self._here.tape, self._layer_of.get(id(weight))
-        node = output.grad_fn
-        if tape is not None and index is not None and node is not None:
-            inputs = inputs.detach() if isinstance(inputs, Tensor) else inputs
-            tape.calls.append(Call(index, inputs, GradientEdge(node, output.output_nr), block))
+    def _note(self, index: int, block: int, inputs: Tensor, output: Tensor) -> None:
+        """`layers.Note` of a layer, for the pass that is running."""
+        tape = self._here.tape
+        if tape is not None and output.requires_grad:
+            tape.calls.append(Call(index, (inputs.detach(),), get_gradient_edge(output), block))
 
     def _after_model(self, args: Any, result: Any) -> None:
         here = self._here
@@ -194,13 +191,14 @@ class Capture:
             return
         self._tapes.add(tape)
         tape.inputs = dataclasses.replace(tape.inputs, size=len(outputs))
+        tape.user.examples = len(outputs)
         tape.cut_own_edges(outputs)
         number, values = outputs.output_nr, outputs.detach()
         outputs.register_hook(lambda gradient: self._at_outputs(tape, number, values, gradient))
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    def _from_user(self, tape: Tape, layer: int, inputs: Tensor, gradient: Tensor) -> None:
+    def _from_user(self, tape: Tape, layer: int, inputs: Inputs, gradient: Tensor) -> None:
         if _extra.running or tape.closed:
             return
         if torch.is_grad_enabled():
@@ -275,10 +273,8 @@ class Capture:
         """Inside, fused modules compute in parts that are noted."""
         replaced: list[tuple[nn.Module, Any]] = []
         try:
-            for layer in self._layers:
-                if any(layer.module is module for module, _ in replaced):
-                    continue
-                forward = layer.forward_in_parts(self._note)
+            for index, layer in enumerate(self._layers):
+                forward = layer.forward_in_parts(partial(self._note, index))
                 if forward is not None:
                     replaced.append((layer.module, layer.module.__dict__.get("forward")))
                     layer.module.__dict__["forward"] = forward
@@ -325,7 +321,7 @@ def _extra_pass() -> Iterator[None]:
         _extra.running = before
 
 
-def _note_nothing(weight: nn.Parameter, inputs: Any, output: Tensor, block: int = 0) -> None:
+def _note_nothing(block: int, inputs: Tensor, output: Tensor) -> None:
     """A `layers.Note` to ask with whether a layer has parts."""
 
 

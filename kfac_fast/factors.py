@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .layers import Layer
+from .layers import Inputs, KroneckerLayer, SquareSums
 from .ops import BlockDiagonal, ConvRows
 from .statistics import Store, blend
 
@@ -35,27 +35,32 @@ class Factors(Store):
     """
 
     def __init__(
-        self, layers: list[Layer], decay: float, dtype: torch.dtype, device: torch.device, *, empirical_mean: bool
+        self,
+        layers: Sequence[KroneckerLayer],
+        decay: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        empirical_mean: bool,
     ) -> None:
         self._layers = layers
         self._decay = decay
         self._empirical_mean = empirical_mean
-        a_sizes = [layer.a_size for layer in layers for _ in range(layer.blocks)]
-        g_sizes = [layer.g_size for layer in layers for _ in range(layer.blocks)]
-        self.count = len(a_sizes)  # blocks A ⊗ G
+        blocks = [block for layer in layers for block in layer.blocks]
+        self.count = len(blocks)  # blocks A ⊗ G
         self.first_block: list[int] = []  # of every layer
-        block = 0
+        first = 0
         for layer in layers:
-            self.first_block.append(block)
-            block += layer.blocks
-        self.running = BlockDiagonal.zeros(a_sizes + g_sizes, dtype, device)
+            self.first_block.append(first)
+            first += len(layer.blocks)
+        self.running = BlockDiagonal.zeros([b.a for b in blocks] + [b.g for b in blocks], dtype, device)
         self.pending = self.running.empty_like()
         self.sums = self.pending.data.zero_()
         self.trace = torch.zeros(2 * self.count, dtype=dtype, device=device)
         self.updates = torch.zeros(
             2 * self.count, dtype=dtype, device=device
         )  # k, on the device: see `statistics.blend`
-        self._bias = [layer.bias is not None for layer in layers for _ in range(layer.blocks)] + [False] * self.count
+        self._bias = [block.bias for block in blocks] + [False] * self.count
         self._empty_rows = [
             self.running.data.new_empty(0, n - b) for n, b in zip(self.running.sizes, self._bias, strict=True)
         ]
@@ -79,27 +84,31 @@ class Factors(Store):
 
     def bytes(self, layer: int) -> int:
         """Of one set of the layer's A and G."""
-        own = self._layers[layer]
-        return own.blocks * (own.a_size**2 + own.g_size**2) * self.running.data.element_size()
+        return sum(b.a**2 + b.g**2 for b in self._layers[layer].blocks) * self.running.data.element_size()
 
     def blocks_of(self, layer: int) -> range:
         """The blocks of a layer, as positions among the A."""
         first = self.first_block[layer]
-        return range(first, first + self._layers[layer].blocks)
+        return range(first, first + len(self._layers[layer].blocks))
 
     def seen(self, layer: int) -> bool:
         """Whether the layer has rows waiting for the next commit."""
         return any(self.rows[block] > 0 for block in self.blocks_of(layer))
 
-    def add_rows(self, layer: int, inputs: Any | None, gradient: Tensor, block: int = 0) -> None:
-        """Queues one call's rows, from the layer's given block on; see `tape.Sink`. None: no new inputs."""
+    def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, block: int = 0, *, first: bool = True) -> None:
+        """Queues one use's rows, from the layer's given block on; see `tape.Sink`.
+
+        Rows of A are new only if this is the ``first`` gradient of the use.
+        """
         block += self.first_block[layer]
-        if inputs is not None:
-            rows = self._layers[layer].input_rows(self._cast(inputs))
+        inputs = tuple(self._cast(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+        if first:
+            rows = self._layers[layer].input_rows(*inputs)
+            assert not isinstance(rows, SquareSums)  # these are for diagonal factors
             self._push(block, rows)
             for i in range(block, block + (rows.groups if isinstance(rows, ConvRows) else 1)):
                 self.rows[i] += rows.shape[0]
-        self._push(self.count + block, self._layers[layer].output_rows(self._cast(gradient)))
+        self._push(self.count + block, self._layers[layer].output_rows(self._cast(gradient), *inputs))
         if self._queued_bytes > QUEUE_BYTES:
             self.flush()
 
@@ -148,8 +157,14 @@ class Factors(Store):
 
     def matrices_of(self, name: str, blocks: BlockDiagonal, layer: int) -> dict[str, list[Tensor]]:
         """A layer's blocks in a buffer laid out like `running`, as entries ``a_name`` and ``g_name`` of a state."""
-        own = self.blocks_of(layer)
-        return {f"a_{name}": [blocks[i] for i in own], f"g_{name}": [blocks[self.count + i] for i in own]}
+        state = {}
+        for side, first in (("a", 0), ("g", self.count)):
+            own = [blocks[first + i] for i in self.blocks_of(layer)]
+            if len({len(block) for block in own}) == 1:
+                state[f"{side}_{name}"] = own
+            else:
+                state |= {f"{side}_{name}_{i}": [block] for i, block in enumerate(own)}
+        return state
 
     def per_side(self, values: Tensor, layer: int) -> list[Tensor]:
         """A layer's entries of a vector over all A and G: of the A, of the G."""

@@ -227,7 +227,7 @@ class KFAC(torch.optim.Optimizer):
         squares = []
         for layer in self.preconditioner.layers:
             group = group_of[id(layer.weight)]
-            squares += [0.0 if group["kl_clip"] is None else float(group["lr"]) ** 2] * layer.blocks
+            squares += [0.0 if group["kl_clip"] is None else float(group["lr"]) ** 2] * len(layer.blocks)
         total = (dot * torch.tensor(squares, dtype=dot.dtype).to(dot.device, non_blocking=True)).sum().abs()
         return [
             None if group["kl_clip"] is None else (group["kl_clip"] / total).sqrt().clamp(max=1.0)

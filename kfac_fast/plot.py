@@ -99,7 +99,7 @@ def _eigenvalues(optimizer: KFAC, side: str) -> list[tuple[str, Tensor]]:
     first = 0 if side == "A" else factors.count
     found = [
         (name, torch.linalg.eigvalsh(factors.running[first + i].double()))
-        for i, name in enumerate(block_names(optimizer.preconditioner.layers))
+        for i, name in enumerate(block_names(optimizer.preconditioner.approximation.layers))
         if float(factors.updates[first + i]) > 0
     ]
     if not found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -16,7 +17,7 @@ from .approximations import APPROXIMATIONS, Approximation
 from .capture import FISHERS, Capture
 from .factors import Factors
 from .inverses import KFACWarning
-from .layers import Layer, layer_for
+from .layers import Blocks, Inputs, KroneckerLayer, discover
 from .likelihoods import Likelihood, as_likelihood
 from .report import Report, Row
 from .statistics import Statistics
@@ -54,6 +55,7 @@ class Preconditioner:
         outputs: Finds the outputs in what the model returns, where that is not a tensor or has ``.logits``.
         seed: Of the generator that draws targets; the global generators are not used.
         approximation: The structure of the approximate Fisher matrix: "block_diagonal".
+        blocks: Which modules are preconditioned, and by which class; None is all that are supported.
         parameters: Only layers whose parameters are all among these are preconditioned; None is all.
 
     Raises:
@@ -77,6 +79,7 @@ class Preconditioner:
         outputs: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
         approximation: str = "block_diagonal",
+        blocks: Blocks | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
         check_range("damping", damping, above=0.0)
@@ -100,33 +103,33 @@ class Preconditioner:
         self.steps = 0
         self.inversions = 0
         self.model = _inner(model)
-        self._found, self.layers = _discover(self.model, parameters)
+        self._found, self.layers = discover(self.model, parameters, blocks or Blocks())
         self.generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
         self._warned_about: set[int] = set()
         example = self.layers[0].weight if self.layers else torch.zeros(())
         dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
+        factored = [layer for layer in self.layers if isinstance(layer, KroneckerLayer)]
         self.factors = Factors(
-            self.layers, decay, dtype, example.device, empirical_mean=fisher == "empirical" and loss_reduction == "mean"
+            factored, decay, dtype, example.device, empirical_mean=fisher == "empirical" and loss_reduction == "mean"
         )
-        self.approximation = APPROXIMATIONS[approximation](self.layers, self.factors)
+        self.approximation = APPROXIMATIONS[approximation](factored, self.factors)
         # Every part serves a run of consecutive layers.
         self.parts: list[Approximation] = [self.approximation]
         self._owner = [(part, i) for part in self.parts for i in range(len(part.layers))]
-        ends = list(accumulate((sum(layer.blocks for layer in part.layers) for part in self.parts), initial=0))
+        ends = list(accumulate((sum(len(layer.blocks) for layer in part.layers) for part in self.parts), initial=0))
         self._blocks_of_part = [slice(start, end) for start, end in pairwise(ends)]
         self.statistics = Statistics([store for part in self.parts for store in part.stores])
         # Natural gradients of all covered parameters, in one buffer with a view per parameter.
-        self.covered: list[nn.Parameter] = [p for layer in self.layers for p in layer.parameters]
+        unique = {id(p): p for layer in self.layers for p in layer.parameters.values()}
+        self.covered: list[nn.Parameter] = list(unique.values())
         self.results_flat = torch.zeros(sum(p.numel() for p in self.covered), dtype=dtype, device=example.device)
         pieces = self.results_flat.split([p.numel() for p in self.covered])
         self.results: list[Tensor] = [piece.view(p.shape) for piece, p in zip(pieces, self.covered, strict=True)]
-        views = iter(self.results)
-        self._result_matrices = [
-            matrix
-            for layer in self.layers
-            for matrix in layer.matrices(next(views), next(views) if layer.bias is not None else None)
-        ]
+        place = {key: i for i, key in enumerate(unique)}
+        # For every layer the names of its parameters and where they stand in `covered`.
+        self._places = [{name: place[id(p)] for name, p in layer.parameters.items()} for layer in self.layers]
+        self._result_matrices = self._matrices(self.results)
         self.capture = Capture(
             self.model, self.layers, as_likelihood(likelihood), fisher, factor_fraction, self, outputs, self.generator
         )
@@ -180,7 +183,7 @@ class Preconditioner:
     def update_inverses(self, gamma: Sequence[float]) -> None:
         """Recomputes all inverses with γ, one per layer."""
         self.inversions += 1
-        per_block = [x for x, layer in zip(gamma, self.layers, strict=True) for _ in range(layer.blocks)]
+        per_block = [x for x, layer in zip(gamma, self.layers, strict=True) for _ in layer.blocks]
         data = self.factors.running.data
         every = torch.tensor(per_block, dtype=data.dtype).to(data.device, non_blocking=True)
         for part, own in zip(self.parts, self._per_part(every), strict=True):
@@ -201,12 +204,8 @@ class Preconditioner:
         """Natural gradients of these gradients of `covered`, into `results`; ⟨V, U⟩ of every block."""
         zero = self.results_flat.new_zeros(())
         # A layer that took no part has no gradient: zeros without memory, in the dtype of its partner.
-        given = iter(zero.expand(p.shape) if g is None else g for p, g in zip(self.covered, gradients, strict=True))
-        matrices: list[ops.Gradient] = []
-        for layer in self.layers:
-            weight = next(given)
-            bias = next(given).to(weight.dtype) if layer.bias is not None else None
-            matrices += layer.matrices(weight, bias)
+        given = [zero.expand(p.shape) if g is None else g for p, g in zip(self.covered, gradients, strict=True)]
+        matrices = self._matrices(given)
         dots = [
             part.apply(own, out)
             for part, own, out in zip(
@@ -214,6 +213,15 @@ class Preconditioner:
             )
         ]
         return dots[0] if len(dots) == 1 else torch.cat(dots)
+
+    def _matrices(self, tensors: Sequence[Tensor]) -> list[ops.Gradient]:
+        """Tensors shaped like `covered` as the weight and bias of every block."""
+        matrices: list[ops.Gradient] = []
+        for layer, places in zip(self.layers, self._places, strict=True):
+            given = {name: tensors[i] for name, i in places.items()}
+            dtype = next(iter(given.values())).dtype
+            matrices += layer.matrices({name: x.to(dtype) for name, x in given.items()})
+        return matrices
 
     def _per_part(self, values: Any) -> list[Any]:
         """What there is for every block, cut where the parts end."""
@@ -232,7 +240,7 @@ class Preconditioner:
     def wants_statistics(self) -> bool:
         return self.steps % self.factor_every == 0
 
-    def add_rows(self, layer: int, inputs: Any, gradient: Tensor, sent: Pass, block: int = 0) -> None:
+    def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
         part, own = self._owner[layer]
         part.add_rows(own, inputs, gradient, sent, block)
 
@@ -246,8 +254,10 @@ class Preconditioner:
 
     def report(self) -> Report:
         """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""
-        memory = {id(layer.weight): self.memory(i) for i, layer in enumerate(self.layers)}
-        return Report([Row.of(name, p, found, memory.get(id(p), 0)) for name, p, found in self._found])
+        memory: dict[int, int] = defaultdict(int)
+        for i, layer in enumerate(self.layers):
+            memory[id(layer.weight)] += self.memory(i)
+        return Report([Row.of(found, memory.get(id(found.parameter), 0)) for found in self._found])
 
     def memory(self, layer: int) -> int:
         """Bytes kept for a layer: statistics, pending sums, inverses."""
@@ -295,51 +305,6 @@ def _inner(model: nn.Module) -> nn.Module:
         )
     # Hooks go on the inner module: an extra backward pass started from the wrapper corrupts static graphs.
     return model.module
-
-
-Found = tuple[str, nn.Parameter, Layer | str]
-
-
-def _discover(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> tuple[list[Found], list[Layer]]:
-    """Every parameter of the model with its layer or why it has none, and the layers that are preconditioned."""
-    allowed = None if parameters is None else {id(p) for p in parameters}
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                uses[id(p)] = uses.get(id(p), 0) + 1
-    every: list[Found] = []
-    layers: list[Layer] = []
-    listed: set[int] = set()
-    for name, module in model.named_modules():
-        found = layer_for(name, module)
-        if isinstance(found, Layer):
-            found = _reason_against(found, uses, allowed, layers) or found
-        if isinstance(found, Layer):
-            layers.append(found)
-        for parameter_name, p in module.named_parameters(recurse=False):
-            if id(p) in listed:
-                continue
-            listed.add(id(p))
-            every.append((f"{name}.{parameter_name}".lstrip("."), p, found))
-    return every, layers
-
-
-def _reason_against(layer: Layer, uses: dict[int, int], allowed: set[int] | None, layers: list[Layer]) -> str | None:
-    if type(layer.weight) is not nn.Parameter:
-        return f"its weight is a {type(layer.weight).__name__}"
-    if any(uses[id(p)] > 1 for p in layer.parameters):
-        return "its weight is shared with another module"
-    if allowed is not None and any(id(p) not in allowed for p in layer.parameters):
-        return "its parameters are not all in this optimizer"
-    weight = layer.weight
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
-    if layers:
-        first = layers[0].weight
-        if weight.device != first.device or (weight.dtype == torch.float64) != (first.dtype == torch.float64):
-            return f"it is {weight.dtype} on {weight.device}, while the first layer is {first.dtype} on {first.device}"
-    return None
 
 
 # ---- checks of arguments --------------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from torch import nn
-
-from .layers import Layer
+from .layers import Block, Found, KroneckerBlock, UnitBlock
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,8 @@ class Row:
     Attributes:
         name: In the model.
         shape: Of the parameter.
-        kind: The `Layer` class that covers it, or "base update".
-        factors: Sides of A and G and how many such blocks, ``(a, g, blocks)``; None under the base update.
+        kind: The `Layer` classes that cover it, joined by " + ", or "base update".
+        blocks: The blocks of these layers that cover it; empty under the base update.
         bytes: Memory of statistics, pending sums and inverses; counted at the layer's first parameter.
         reason: Why it is not covered; empty when it is.
     """
@@ -27,21 +26,52 @@ class Row:
     name: str
     shape: tuple[int, ...]
     kind: str
-    factors: tuple[int, int, int] | None
+    blocks: tuple[Block, ...]
     bytes: int
     reason: str
 
     @property
     def covered(self) -> bool:
-        return self.factors is not None
+        return bool(self.blocks)
 
     @classmethod
-    def of(cls, name: str, parameter: nn.Parameter, found: Layer | str, memory: int) -> Row:
-        shape = tuple(parameter.shape)
-        if isinstance(found, str):
-            return cls(name, shape, "base update", None, 0, found if parameter.requires_grad else "it is frozen")
-        a, g, blocks = found.a_size, found.g_size, found.blocks
-        return cls(name, shape, type(found).__name__, (a, g, blocks), memory, "")
+    def of(cls, found: Found, memory: int) -> Row:
+        shape = tuple(found.parameter.shape)
+        if not found.layers:
+            reason = found.reason if found.parameter.requires_grad else "it is frozen"
+            return cls(found.name, shape, "base update", (), 0, reason)
+        blocks = tuple(
+            block
+            for layer in found.layers
+            for block in layer.blocks
+            if any(layer.parameters[name] is found.parameter for name in block.parameters)
+        )
+        kinds = " + ".join(type(layer).__name__ for layer in found.layers)
+        return cls(found.name, shape, kinds, blocks, memory, "")
+
+    def _sides(self, describe: Callable[[Block], str]) -> str:
+        """One side of the blocks: "3×64²", a diagonal of 50,000 as "50000"."""
+        counted = Counter(map(describe, self.blocks))
+        return " + ".join(f"{times}×{side}" if times > 1 else side for side, times in counted.items())
+
+    def cells(self) -> tuple[str, str, str, str, str, str]:
+        """Its line in the table."""
+        shape = "×".join(map(str, self.shape)) or "scalar"
+        if not self.covered:
+            return self.name, shape, f"{self.kind}: {self.reason}", "", "", ""
+        return self.name, shape, self.kind, self._sides(_a), self._sides(_g), _readable(self.bytes)
+
+
+def _a(block: Block) -> str:
+    if isinstance(block, KroneckerBlock):
+        return f"{block.a}" if block.a_diagonal else f"{block.a}²"
+    return f"{block.units}×2²" if isinstance(block, UnitBlock) else ""
+
+
+def _g(block: Block) -> str:
+    if isinstance(block, KroneckerBlock):
+        return f"{block.g}" if block.g_diagonal else f"{block.g}²"
+    return ""
 
 
 class Report(Sequence[Row]):
@@ -70,14 +100,7 @@ class Report(Sequence[Row]):
 
     def __str__(self) -> str:
         lines = [("parameter", "shape", "block", "A", "G", "memory")]
-        for row in self._rows:
-            shape = "×".join(map(str, row.shape)) or "scalar"
-            if row.factors is None:
-                lines.append((row.name, shape, f"{row.kind}: {row.reason}", "", "", ""))
-            else:
-                a, g, blocks = row.factors
-                times = f"{blocks}×" if blocks > 1 else ""
-                lines.append((row.name, shape, row.kind, f"{times}{a}²", f"{times}{g}²", _readable(row.bytes)))
+        lines += [row.cells() for row in self._rows]
         widths = [max(len(line[i]) for line in lines) for i in range(6)]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         covered = sum(row.covered for row in self._rows)

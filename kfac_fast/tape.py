@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .layers import Inputs
 from .likelihoods import Likelihood
 from .passes import ModelInputs
 
@@ -20,10 +21,12 @@ class Pass:
 
     Attributes:
         layers: The layer of every call in the forward pass, in order; a module called twice is there twice.
+        examples: Their number, the first dimension of the outputs.
         first: Whether no other gradient was sent through the same forward pass before, so that the inputs are new.
     """
 
     layers: list[int]
+    examples: int = 0
     first: bool = True
 
 
@@ -33,7 +36,7 @@ class Sink(Protocol):
     def wants_statistics(self) -> bool:
         """Whether the coming forward pass should be looked at."""
 
-    def add_rows(self, layer: int, inputs: Any, gradient: Tensor, sent: Pass, block: int = 0) -> None:
+    def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
         """One call of a layer: its inputs, and the gradient that a pass sent to its output.
 
         ``block`` is the first of the layer's blocks that the rows are for.
@@ -52,13 +55,13 @@ class Call:
 
     Attributes:
         layer: Its number.
-        inputs: What the layer's rows of A are made from.
+        inputs: What the layer's rows are made from.
         edge: Where the gradient of its output arrives; None: its gradient is the one that is sent.
         block: The first of the layer's blocks that the rows are for.
     """
 
     layer: int
-    inputs: Any
+    inputs: Inputs
     edge: GradientEdge | None
     block: int = 0
 
@@ -145,7 +148,7 @@ class Sender:
             found = iter(
                 torch.autograd.grad(source, edges, root, retain_graph=True, allow_unused=True) if edges else ()
             )
-            sent = Pass(layers, first=tape.sent == 0)
+            sent = Pass(layers, len(outputs), first=tape.sent == 0)
             tape.sent += 1
             for call in calls:
                 arrived = root if call.edge is None else next(found)

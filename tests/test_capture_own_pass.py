@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from kfac_fast.capture import Capture
 from kfac_fast.factors import Factors
-from kfac_fast.layers import Layer, LinearLayer, Note
+from kfac_fast.layers import KroneckerBlock, KroneckerLayer, Note
+from kfac_fast.layers.linear import LinearLayer
 from kfac_fast.likelihoods import Gaussian
+from kfac_fast.ops import Gradient
 from kfac_fast.statistics import Statistics
 from kfac_fast.tape import Pass
 
@@ -36,49 +38,25 @@ class Fused(nn.Module):
         return scale * (q + k.sin()), "and more"
 
 
-class Part(Layer):
+class FusedLayer(KroneckerLayer):
     needs_own_pass = True
 
-    def __init__(self, module: Fused, weight: nn.Parameter, blocks: int) -> None:
-        super().__init__("fused", module)
-        self._weight, self._blocks = weight, blocks
+    def make_blocks(self) -> list[KroneckerBlock]:
+        return [KroneckerBlock(("first",), "first", 3, 4), *(KroneckerBlock(("packed",), part, 4, 5) for part in "qk")]
 
-    @property
-    def weight(self) -> nn.Parameter:
-        return self._weight
-
-    @property
-    def bias(self) -> None:
-        return None
-
-    @property
-    def blocks(self) -> int:
-        return self._blocks
-
-    @property
-    def a_size(self) -> int:
-        return self._weight.shape[1]
-
-    @property
-    def g_size(self) -> int:
-        return self._weight.shape[0] // self._blocks
-
-    def input_rows(self, inputs: Tensor) -> Tensor:
-        return inputs.flatten(0, -2)
-
-    def output_rows(self, gradient: Tensor) -> Tensor:
-        return gradient.flatten(0, -2)
+    def matrices(self, values: Mapping[str, Tensor]) -> list[Gradient]:
+        return [values["first"], *values["packed"].chunk(2)]
 
     def forward_in_parts(self, note: Note) -> Callable[..., Any]:
         module = self.module
 
         def forward(x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, str]:
             before = x @ module.first.T
-            note(module.first, x, before)
+            note(0, x, before)
             hidden = F.dropout(torch.tanh(before), module.drop, module.training)
             parts = [F.linear(hidden, weight) for weight in module.packed.chunk(2)]
-            for part, output in enumerate(parts):
-                note(module.packed, hidden, output, block=part)
+            for block, output in enumerate(parts, start=1):
+                note(block, hidden, output)
             q, k = parts
             return scale * (q + k.sin()), "and more"
 
@@ -99,11 +77,7 @@ class Recorder:
     """A sink of its own: `Factors` and what one step adds to them."""
 
     def __init__(self, model: Net, fisher: str, fraction: float = 1.0) -> None:
-        layers: list[Layer] = [
-            Part(model.fused, model.fused.first, 1),
-            Part(model.fused, model.fused.packed, 2),
-            LinearLayer("head", model.head),
-        ]
+        layers = [FusedLayer("fused", model.fused), LinearLayer("head", model.head)]
         self.factors = Factors(layers, 0.0, DOUBLE, torch.device("cpu"), empirical_mean=fisher == "empirical")
         self.statistics = Statistics([self.factors])
         self.add_terms, self.drop = self.statistics.add_terms, self.statistics.reset
@@ -114,7 +88,7 @@ class Recorder:
         return True
 
     def add_rows(self, layer: int, inputs: Any, gradient: Tensor, sent: Pass, block: int = 0) -> None:
-        self.factors.add_rows(layer, inputs if sent.first else None, gradient, block)
+        self.factors.add_rows(layer, inputs, gradient, block, first=sent.first)
 
     def check(self, expected: list[Tensor]) -> None:
         self.statistics.commit()

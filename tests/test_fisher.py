@@ -220,7 +220,7 @@ def test_agrees_with_curvlinops() -> None:
         operator = curvlinops.KFACLinearOperator(
             model,
             nn.CrossEntropyLoss(),
-            list(layer.parameters),
+            list(layer.parameters.values()),
             [(x, y)],
             fisher_type=curvlinops.FisherType.TYPE2,
             kfac_approx=curvlinops.KFACType.EXPAND,

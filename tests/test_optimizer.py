@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kfac_fast
 from kfac_fast import KFAC, KFACWarning, Preconditioner, ops
+from kfac_fast.layers import KroneckerBlock
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -149,16 +150,16 @@ def test_closure_is_called_once_with_gradients() -> None:
 
 
 def test_parameters_without_a_block_take_the_base_update_and_are_named() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(6, 8), nn.PReLU(8), nn.Linear(8, 3))
     twin = copy.deepcopy(model)
     optimizer = KFAC(model, lr=0.1, momentum=0.9, nesterov=True)
     x, y = batch()
     report = {row.name: row for row in optimizer.report()}
-    assert report["0.weight"].factors == (7, 8, 1)
+    assert report["0.weight"].blocks == (KroneckerBlock(("weight", "bias"), a=7, g=8, bias=True),)
     assert report["0.weight"].kind == "LinearLayer"
     assert not report["1.weight"].covered
-    assert report["1.weight"].reason == "no Kronecker block for LayerNorm"
-    assert "4 of 6 parameters preconditioned" in str(optimizer.report())
+    assert report["1.weight"].reason == "no block for PReLU"
+    assert "4 of 5 parameters preconditioned" in str(optimizer.report())
     assert report["0.weight"].bytes == 3 * 4 * (7 * 7 + 8 * 8)
     backward(model, x, y)
     gradient = model[1].weight.grad.clone()

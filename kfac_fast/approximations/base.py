@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..layers import Layer
+from ..layers import Inputs, Layer
 from ..ops import Gradient
 from ..statistics import Store
 from ..tape import Pass
@@ -17,7 +17,7 @@ from ..tape import Pass
 class Approximation(ABC):
     """Turns the statistics of some layers into an approximate inverse Fisher matrix and applies it to gradients.
 
-    Layers are numbered from 0 in the order given; every layer has ``layer.blocks`` blocks, in that order.
+    Layers are numbered from 0 in the order given; their blocks follow each other in that order.
 
     Attributes:
         name: What the user calls it.
@@ -28,13 +28,13 @@ class Approximation(ABC):
     """
 
     name: ClassVar[str]
-    layers: list[Layer]
+    layers: Sequence[Layer]
     stores: list[Store]
     failures: Tensor
 
     @abstractmethod
-    def add_rows(self, layer: int, inputs: Any, gradient: Tensor, sent: Pass, block: int = 0) -> None:
-        """Takes one call's rows; see `tape.Sink`."""
+    def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
+        """Takes one use's rows; see `tape.Sink`."""
 
     @abstractmethod
     def seen(self, layer: int) -> bool:

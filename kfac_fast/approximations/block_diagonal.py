@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from .. import ops
 from ..factors import Factors
 from ..inverses import Inverses
-from ..layers import Layer
+from ..layers import Inputs, KroneckerLayer, Layer
 from ..ops import Gradient
 from ..statistics import Store
 from ..tape import Pass
@@ -29,15 +28,15 @@ class BlockDiagonalFisher(Approximation):
 
     name = "block_diagonal"
 
-    def __init__(self, layers: list[Layer], factors: Factors) -> None:
+    def __init__(self, layers: list[KroneckerLayer], factors: Factors) -> None:
         self.layers = layers
         self.factors = factors
         self.stores: list[Store] = [factors]
         self.damped = Inverses(factors, block_names(layers))
         self.failures = self.damped.failures
 
-    def add_rows(self, layer: int, inputs: Any, gradient: Tensor, sent: Pass, block: int = 0) -> None:
-        self.factors.add_rows(layer, inputs if sent.first else None, gradient, block)
+    def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
+        self.factors.add_rows(layer, inputs, gradient, block, first=sent.first)
 
     def seen(self, layer: int) -> bool:
         return self.factors.seen(layer)
@@ -64,8 +63,4 @@ class BlockDiagonalFisher(Approximation):
 
 def block_names(layers: Sequence[Layer]) -> list[str]:
     """Of every block, for warnings."""
-    return [
-        layer.name + (f"[group {group}]" if layer.blocks > 1 else "")
-        for layer in layers
-        for group in range(layer.blocks)
-    ]
+    return [layer.name + (f"[{block.label}]" if block.label else "") for layer in layers for block in layer.blocks]
