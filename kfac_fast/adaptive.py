@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .preconditioner import ALWAYS_INVERT_FIRST, Preconditioner, check_choice, check_count, check_range
+from .arguments import check_choice, check_count, check_range
+from .preconditioner import ALWAYS_INVERT_FIRST, Preconditioner
 from .products import fisher_quadratic_forms
 
 

@@ -93,7 +93,7 @@ class Capture:
         self._fisher = fisher
         self._fraction = fraction
         self._own_pass = fraction < 1 or any(layer.needs_own_pass for layer in layers)
-        self._own_passes = 0
+        self.own_passes = 0  # chooses the next part of a batch
         self._sink = sink
         self._sender = Sender(likelihood, fisher, sink, generators)
         self.find_outputs = outputs or _find_outputs
@@ -203,6 +203,7 @@ class Capture:
             return
         if torch.is_grad_enabled():
             raise RuntimeError(_CREATE_GRAPH)
+        self._begin(tape)
         self._sink.add_rows(layer, inputs, gradient.detach(), tape.user)
 
     def _at_outputs(self, tape: Tape, number: int, outputs: Tensor, gradient: Tensor) -> None:
@@ -227,7 +228,7 @@ class Capture:
             tape.counted |= counted
         if not tape.statistics:
             return
-        self._unfinished[tape] = threading.get_ident()
+        self._begin(tape)
         if not self._own_pass and self._fisher != "empirical":
             source = GradientEdge(torch._C._current_autograd_node(), number)
             with _extra_pass():
@@ -236,13 +237,19 @@ class Capture:
             tape.calls = []
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, tape, gradient, counted))
 
+    def _begin(self, tape: Tape) -> None:
+        if not self._unfinished:
+            self._sink.begin()
+        self._unfinished[tape] = threading.get_ident()
+
     def _finish(self, tape: Tape, gradient: Tensor, counted: Tensor) -> None:
         """The backward pass of a tape has ended."""
         if tape not in self._unfinished:
             return
         if self._own_pass:
             counted = self._run_again(tape.inputs, gradient, counted)
-        self._sink.add_terms(counted.sum())
+        # Not finite where the loss is not, so that what finite outputs gave is not committed either.
+        self._sink.add_terms(counted.sum() + 0 * gradient.sum(dtype=torch.float64))
         del self._unfinished[tape]
 
     def _run_again(self, inputs: ModelInputs, gradient: Tensor, counted: Tensor) -> Tensor:
@@ -254,8 +261,8 @@ class Capture:
                     f"factor_fraction={self._fraction:g} needs a model input whose first dimension is the batch, like "
                     f"the outputs' ({inputs.size}); pass factor_fraction=1"
                 )
-            inputs, chosen = inputs.part(self._fraction, self._own_passes)
-        self._own_passes += 1
+            inputs, chosen = inputs.part(self._fraction, self.own_passes)
+        self.own_passes += 1
         gradient, counted = gradient[chosen], counted[chosen]
         tape = Tape(inputs, statistics=True, notes=True)
         with _extra_pass(), unnoticed(self._model), torch.enable_grad(), self._in_parts():

@@ -1,28 +1,65 @@
-"""State of a `Preconditioner` as plain tensors and numbers, per layer, and back: for `state_dict`."""
+"""State of a `Preconditioner` as plain tensors and numbers, by layer, and back; checked before anything is changed."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .preconditioner import Preconditioner
+from .approximations import Approximation
+from .capture import Capture
+from .layers import Layer
 
 
-def layer_state(preconditioner: Preconditioner, index: int) -> dict[str, Tensor]:
+class IncompatibleKeys(NamedTuple):
+    """What ``load_state_dict(strict=False)`` left out, named as ``torch.nn.Module`` names it.
+
+    Attributes:
+        missing_keys: What is here and was not loaded, since it was not there or did not fit.
+        unexpected_keys: What was there and is not here.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Saved(Protocol):
+    """What this file needs of a `Preconditioner`."""
+
+    layers: list[Layer]
+    approximation: Approximation
+    capture: Capture
+    steps: int
+    inversions: int
+    refused: Tensor
+
+    def part_of(self, layer: int) -> tuple[Approximation, int]: ...
+    def generator(self, device: torch.device) -> torch.Generator: ...
+
+
+# ---- one layer ------------------------------------------------------------------------------------------------------
+
+
+def layer_state(preconditioner: Saved, index: int) -> dict[str, Tensor]:
     """Copies of everything kept for one layer."""
     return {key: torch.stack(views) for key, views in _views(preconditioner, index).items()}
 
 
-def load_layer_state(preconditioner: Preconditioner, index: int, state: dict[str, Any]) -> None:
+def layer_keys(preconditioner: Saved, index: int) -> list[str]:
+    """Of `layer_state`."""
+    return list(_views(preconditioner, index))
+
+
+def load_layer_state(preconditioner: Saved, index: int, state: Mapping[str, Any]) -> None:
     """Copies one layer's state back; `check_layer_state` has looked at it."""
     for key, views in _views(preconditioner, index).items():
         for view, saved in zip(views, state[key], strict=True):
             view.copy_(saved)
 
 
-def check_layer_state(preconditioner: Preconditioner, index: int, state: dict[str, Any]) -> None:
+def check_layer_state(preconditioner: Saved, index: int, state: Mapping[str, Any]) -> None:
     """Refuses what would not fit, before anything is changed.
 
     Raises:
@@ -30,44 +67,102 @@ def check_layer_state(preconditioner: Preconditioner, index: int, state: dict[st
     """
     name = preconditioner.layers[index].name
     for key, views in _views(preconditioner, index).items():
-        value = state.get(key)
-        shape = (len(views), *views[0].shape)
-        if not isinstance(value, Tensor):
-            raise ValueError(f"state_dict has no {key!r} for layer {name}: it is truncated or of another optimizer")
-        if value.shape != shape:
-            raise ValueError(f"state_dict has {key!r} of shape {tuple(value.shape)} for layer {name}, expected {shape}")
+        check_tensor(state.get(key), key, (len(views), *views[0].shape), f"layer {name}")
 
 
-def counters(preconditioner: Preconditioner) -> dict[str, Any]:
-    """Numbers and the sampler's state, kept with the parameter groups."""
+def check_tensor(value: Any, key: str, shape: tuple[int, ...], owner: str) -> None:
+    """Refuses what is not a tensor with content of this shape.
+
+    Raises:
+        ValueError: The message names the key and whose it is.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"state_dict has no {key!r} for {owner}: it is truncated or of another optimizer")
+    if value.shape != shape:
+        raise ValueError(f"state_dict has {key!r} of shape {tuple(value.shape)} for {owner}, expected {shape}")
+    if value.is_meta:
+        raise ValueError(f"state_dict has {key!r} without data (device meta) for {owner}")
+
+
+def _views(preconditioner: Saved, index: int) -> dict[str, list[Tensor]]:
+    part, own = preconditioner.part_of(index)
+    return part.state(own)
+
+
+# ---- the run as a whole ---------------------------------------------------------------------------------------------
+
+
+def run_state(preconditioner: Saved) -> dict[str, Any]:
+    """Counters and the sampler's state: numbers, tensors and dicts of them, all that sharded checkpoints take."""
+    device = preconditioner.refused.device
     return {
         "step": preconditioner.steps,
         "inversions": preconditioner.inversions,
-        "approximation": preconditioner.approximation.name,
-        "sampler": {str(device): g.get_state() for device, g in preconditioner.generators.items()},
+        "own_passes": preconditioner.capture.own_passes,
+        "refused": preconditioner.refused.clone(),
+        "approximation": {preconditioner.approximation.name: True},
+        "sampler": {device.type: preconditioner.generator(device).get_state()},
     }
 
 
-def check_counters(preconditioner: Preconditioner, values: dict[str, Any]) -> None:
-    """Refuses the state of another approximation.
+def check_run_state(preconditioner: Saved, state: Any) -> dict[str, Any]:
+    """Refuses what is not a run's state, or of another approximation; gives back what it took.
 
     Raises:
-        ValueError: It is of another one.
+        ValueError: What is missing or different.
     """
-    if values["approximation"] != preconditioner.approximation.name:
+    names = run_state(preconditioner)
+    missing = sorted(names) if not isinstance(state, dict) else sorted(set(names) - set(state))
+    if missing:
+        raise ValueError(f"state_dict has no {', '.join(map(repr, missing))}: it is truncated or not of a KFAC")
+    if set(state["approximation"]) != {preconditioner.approximation.name}:
         raise ValueError(
-            f"state_dict is of approximation={values['approximation']!r}, the optimizer has "
+            f"state_dict is of approximation={next(iter(state['approximation']), None)!r}, the optimizer has "
             f"approximation={preconditioner.approximation.name!r}"
         )
+    return state
 
 
-def load_counters(preconditioner: Preconditioner, values: dict[str, Any]) -> None:
-    preconditioner.steps = values["step"]
-    preconditioner.inversions = values["inversions"]
-    for device, state in values["sampler"].items():
-        preconditioner.generator(torch.device(device)).set_state(state.cpu())
+def load_run_state(preconditioner: Saved, state: Mapping[str, Any]) -> None:
+    """Restores the counters. The sampler starts anew on another kind of device, whose generators differ."""
+    preconditioner.steps = int(state["step"])
+    preconditioner.inversions = int(state["inversions"])
+    preconditioner.capture.own_passes = int(state["own_passes"])
+    preconditioner.refused.copy_(state["refused"])
+    device = preconditioner.refused.device
+    if device.type in state["sampler"]:
+        preconditioner.generator(device).set_state(state["sampler"][device.type].cpu())
 
 
-def _views(preconditioner: Preconditioner, index: int) -> dict[str, list[Tensor]]:
-    part, own = preconditioner.part_of(index)
-    return part.state(own)
+# ---- a preconditioner of its own ------------------------------------------------------------------------------------
+
+
+def save(preconditioner: Saved) -> dict[str, Any]:
+    """``{"layers": {name: …}, "run": …}``."""
+    layers = {layer.name: layer_state(preconditioner, i) for i, layer in enumerate(preconditioner.layers)}
+    return {"layers": layers, "run": run_state(preconditioner)}
+
+
+def load(preconditioner: Saved, state: Mapping[str, Any], strict: bool) -> IncompatibleKeys:
+    """Restores what `save` gave; see `Preconditioner.load_state_dict`."""
+    if not (isinstance(state, Mapping) and {"layers", "run"} <= set(state)):
+        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"state_dict must have 'layers' and 'run', got {found}")
+    check_run_state(preconditioner, state["run"])
+    own = {layer.name for layer in preconditioner.layers}
+    unexpected = sorted(set(state["layers"]) - own)
+    missing, fitting = [], []
+    for i, layer in enumerate(preconditioner.layers):
+        try:
+            check_layer_state(preconditioner, i, state["layers"].get(layer.name, {}))
+            fitting.append(i)
+        except ValueError:
+            if strict:
+                raise
+            missing.append(layer.name)
+    if strict and unexpected:
+        raise ValueError(f"state_dict has layers that are not in the model: {', '.join(unexpected)}")
+    for i in fitting:
+        load_layer_state(preconditioner, i, state["layers"][preconditioner.layers[i].name])
+    load_run_state(preconditioner, state["run"])
+    return IncompatibleKeys(missing, unexpected)

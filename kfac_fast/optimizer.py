@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive import CALIBRATION, Adaptive, AdaptiveRule
-from .checkpoint import check_counters, check_layer_state, counters, layer_state, load_counters, load_layer_state
+from .arguments import check_range
+from .inverses import KFACWarning
+from .layers import Found
 from .likelihoods import Likelihood
 from .ops.native import read_if_free
-from .preconditioner import Preconditioner, check_range
-from .report import Report
+from .optimizer_state import ResumableOptimizer
+from .preconditioner import Preconditioner
+from .report import Report, Row
 
 _GROUP_BOUNDS = {
     "momentum": {"at_least": 0.0, "below": 1.0},
@@ -23,7 +27,7 @@ _GROUP_BOUNDS = {
 }
 
 
-class KFAC(torch.optim.Optimizer):
+class KFAC(ResumableOptimizer):
     r"""K-FAC, natural gradient descent with a Kronecker-factored Fisher matrix (Martens & Grosse 2015).
 
     The Fisher block of a layer is approximated by A ⊗ G, the second moments of its inputs and of its output
@@ -138,22 +142,47 @@ class KFAC(torch.optim.Optimizer):
             loss_reduction=loss_reduction,
             outputs=outputs,
             seed=seed,
-            parameters=[p for group in self.param_groups for p in group["params"]],
+            parameters=self._parameters,
         )
-        self.rule: AdaptiveRule | None = None
-        if config is not None:
-            everything = [p for group in self.param_groups for p in group["params"]]
-            if len({group["weight_decay"] for group in self.param_groups}) > 1 or maximize:
-                raise ValueError("adaptive needs one weight_decay for all groups and maximize=False")
-            self.rule = AdaptiveRule(
-                self.preconditioner, everything, config, start, self.param_groups[0]["weight_decay"]
-            )
-        self._natural = {id(p): i for i, p in enumerate(self.preconditioner.covered)}
+        self.rule = None if config is None else self._adaptive_rule(config, start)
+        self._prepare_state()
+
+    def _adaptive_rule(self, config: Adaptive, damping: float | str) -> AdaptiveRule:
+        own = {id(p) for p in self.preconditioner.model.parameters()}
+        if any(id(p) not in own for p in self._parameters):
+            raise ValueError("adaptive needs all parameters to be the model's, got one that is not")
+        decays = {group["weight_decay"] for group in self.param_groups}
+        if len(decays) > 1 or any(group["maximize"] for group in self.param_groups):
+            raise ValueError("adaptive needs one weight_decay for all groups and maximize=False")
+        return AdaptiveRule(self.preconditioner, self._parameters, config, damping, decays.pop())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in ``torch.optim``; a group's values are checked like the constructor's."""
+        """As in ``torch.optim``; a group's values are checked like the constructor's.
+
+        Layers whose parameters are now all here, such as layers that were unfrozen, are preconditioned from the next
+        step on. Call it between steps: statistics of a backward pass whose step has not been made are lost.
+        """
+        built = "preconditioner" in self.__dict__
+        saved = self._pack() if built else {}
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        try:
+            _check_group(self.param_groups[-1])
+            if built and self.rule is not None:
+                self._adaptive_rule(self.rule.config, self.rule.damping)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        if built:
+            self.preconditioner.cover(self._parameters)
+            if self.rule is not None:
+                self.rule = self._adaptive_rule(self.rule.config, self.rule.damping)
+            self._prepare_state()
+            self._unpack(saved, strict=False)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in ``torch.optim``; statistics that came with the gradients are forgotten with them."""
+        super().zero_grad(set_to_none)
+        self.preconditioner.drop()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, evaluate: Callable[[], Any] | None = None) -> Any:
@@ -172,18 +201,24 @@ class KFAC(torch.optim.Optimizer):
         if self.rule is not None:
             if closure is None:
                 raise ValueError("step() needs a closure with adaptive=True")
-            return self.rule.step(closure, evaluate)
+            loss: Any = self.rule.step(closure, evaluate)
+            self._step.fill_(self.preconditioner.steps)
+            return loss
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_sparse_gradients()
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         layers = self.preconditioner.layers
         dot = self.preconditioner.natural_gradients([group_of[id(layer.weight)]["damping"] for layer in layers])
 
         updates, finite = self._updates(dot)
         known = read_if_free(finite)
+        self._step.fill_(self.preconditioner.steps)
+        self._skipped += ~finite
         if known is False:
+            self._warn_about_skipped_step()
             return loss
         clips = self._clips(dot, group_of)
         for group, clip in zip(self.param_groups, clips, strict=True):
@@ -210,8 +245,6 @@ class KFAC(torch.optim.Optimizer):
                 i = self._natural.get(id(p))
                 if i is not None:
                     natural.append((p, results[i]))
-                elif p.grad.is_sparse:
-                    raise ValueError(f"KFAC does not take sparse gradients, got one of shape {tuple(p.grad.shape)}")
                 else:
                     plain.append((p, p.grad))
             if plain:
@@ -242,12 +275,7 @@ class KFAC(torch.optim.Optimizer):
         directions: list[Tensor] = [u for _, u in pairs]
         lr, momentum = float(group["lr"]), group["momentum"]
         if momentum:
-            buffers = []
-            for p, u in pairs:
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(u)
-                buffers.append(state["momentum_buffer"])
+            buffers = self._momentum_buffers([p for p, _ in pairs])
             # A skipped step must not decay the buffer either.
             torch._foreach_mul_(buffers, momentum if gate is None else torch.where(gate, momentum, 1.0))
             torch._foreach_add_(buffers, directions)
@@ -261,75 +289,51 @@ class KFAC(torch.optim.Optimizer):
             directions = list(torch._foreach_mul(directions, gate.to(directions[0].dtype)))
         torch._foreach_add_(params, directions, alpha=-lr)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers: momentum and, under each layer's weight, factors, inverses in use and counters.
+    def _refuse_sparse_gradients(self) -> None:
+        for p in self._parameters:
+            if p.grad is not None and p.grad.is_sparse:
+                raise ValueError(
+                    f"KFAC does not take sparse gradients, got one for {self._name(p)} of shape {tuple(p.shape)}; make "
+                    "the layer with sparse=False"
+                )
 
-        Loading it continues the run bit for bit on the CPU. Statistics of a backward pass whose step has not been made
-        are not part of it.
-        """
-        state = super().state_dict()
-        position = self._positions()
-        for i, layer in enumerate(self.preconditioner.layers):
-            state["state"].setdefault(position[id(layer.weight)], {}).update(layer_state(self.preconditioner, i))
-        state["param_groups"][0].update(counters(self.preconditioner))
-        if self.rule is not None:
-            state["param_groups"][0]["adaptive"] = self.rule.state()
-        return state
+    def _warn_about_skipped_step(self) -> None:
+        bad = (p for p in self._parameters if p.grad is not None and not bool(p.grad.isfinite().all()))
+        first = next(bad, None)
+        if first is not None and id(first) not in self._warned:
+            self._warned.add(id(first))
+            warnings.warn(
+                f"the gradient of {self._name(first)} is not finite; the step was left out and changed nothing. Said "
+                "once per parameter; stats()['skipped_steps'] counts such steps",
+                KFACWarning,
+                stacklevel=5,
+            )
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave, on any device. Nothing is changed unless everything fits.
-
-        Raises:
-            ValueError: Other groups, missing entries or other shapes; the message names the layer.
-        """
-        if not state_dict.get("param_groups") or "state" not in state_dict:
-            raise ValueError(f"state_dict must have 'state' and 'param_groups', got {sorted(map(str, state_dict))}")
-        position = self._positions()
-        unknown = set(state_dict["state"]) - set(position.values())
-        if unknown:
-            raise ValueError(f"state_dict has state for parameters {sorted(unknown)}, of {len(position)} here")
-        plain = {**state_dict, "state": {}, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
-        adaptive = plain["param_groups"][0].pop("adaptive", None)
-        if (adaptive is None) != (self.rule is None):
-            raise ValueError("state_dict and optimizer must both be adaptive, or neither")
-        values = {
-            key: plain["param_groups"][0].pop(key, None) for key in ("step", "inversions", "approximation", "sampler")
-        }
-        if None in values.values():
-            raise ValueError(f"state_dict has no {', '.join(map(repr, values))}: it is truncated or not of a KFAC")
-        check_counters(self.preconditioner, values)
-        for i, layer in enumerate(self.preconditioner.layers):
-            check_layer_state(self.preconditioner, i, state_dict["state"].get(position[id(layer.weight)], {}))
-        by_position = {position[id(p)]: p for group in self.param_groups for p in group["params"]}
-        for at, entry in state_dict["state"].items():
-            buffer = entry.get("momentum_buffer")
-            if buffer is not None and buffer.shape != by_position[at].shape:
-                raise ValueError(f"state_dict has a momentum_buffer of shape {tuple(buffer.shape)} for parameter {at}")
-        super().load_state_dict(plain)
-        # Not left to the base class, which would cast float32 state to the dtype of the parameters.
-        for at, entry in state_dict["state"].items():
-            p = by_position[at]
-            if "momentum_buffer" in entry:
-                dtype = self.preconditioner.results_flat.dtype if id(p) in self._natural else p.dtype
-                self.state[p]["momentum_buffer"] = entry["momentum_buffer"].to(p.device, dtype, copy=True)
-        for i, layer in enumerate(self.preconditioner.layers):
-            load_layer_state(self.preconditioner, i, state_dict["state"][position[id(layer.weight)]])
-        load_counters(self.preconditioner, values)
-        if self.rule is not None:
-            self.rule.load_state(adaptive)
-
-    def _positions(self) -> dict[int, int]:
-        """Number of every parameter in `state_dict`, by identity."""
-        return {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+    # ---- about it ---------------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
         """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""
-        return self.preconditioner.report()
+        rows = list(self.preconditioner.report())
+        own = {id(p) for p in self.preconditioner.model.parameters()}
+        for p in self._parameters:
+            if id(p) not in own:
+                rows.append(Row.of(Found(self._name(p), p, (), "it is not a parameter of the model"), 0))
+        return Report(rows)
 
     def stats(self) -> dict[str, float]:
-        """Figures of the last adaptive step: loss, λ, γ, α, μ, M(δ) − M(0), and ρ where it was measured; else empty."""
-        return {} if self.rule is None else dict(self.rule.stats)
+        """Counters since the start, and figures of the last step, for a log; reading them waits for the device.
+
+        - ``step``, ``inversions``: steps made, updates of the inverses.
+        - ``skipped_steps``: steps that changed nothing, since a gradient was not finite.
+        - ``refused_statistics``: batches whose statistics were not finite and went into no factor.
+        - ``failures``: inverses that had to be replaced by something safer, and ``failures/NAME`` for each such layer.
+        - With ``adaptive`` also ``rejected`` (steps taken back or not made) and, of the last step: ``loss``,
+          ``damping`` λ, ``gamma`` γ, ``alpha`` α, ``mu`` μ, ``model_change`` M(δ) − M(0), ``ratio`` ρ where measured.
+        """
+        figures = {**self.preconditioner.stats(), "skipped_steps": float(self._skipped)}
+        if self.rule is not None:
+            figures.update(self.rule.stats, rejected=float(self.rule.rejected))
+        return figures
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the model has its averaged parameters (``Adaptive(averaging=0.99)``; sec. 8).

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import checkpoint, ops
 from .approximations import APPROXIMATIONS, Approximation
+from .arguments import check_choice, check_count, check_range
 from .capture import FISHERS, Capture
+from .checkpoint import IncompatibleKeys
 from .factors import Factors
 from .inverses import KFACWarning
 from .layers import Blocks, Inputs, KroneckerLayer, discover
@@ -82,6 +84,9 @@ class Preconditioner:
         blocks: Blocks | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
+        parameters = None if parameters is None else list(parameters)
+        # What a copy is made from: every argument as it was given.
+        self._arguments = {name: value for name, value in locals().items() if name != "self"}
         check_range("damping", damping, above=0.0)
         check_range("decay", decay, at_least=0.0, below=1.0)
         check_range("factor_fraction", factor_fraction, above=0.0, at_most=1.0)
@@ -113,13 +118,14 @@ class Preconditioner:
         self.factors = Factors(
             factored, decay, dtype, example.device, empirical_mean=fisher == "empirical" and loss_reduction == "mean"
         )
-        self.approximation = APPROXIMATIONS[approximation](factored, self.factors)
+        self.approximation: Approximation = APPROXIMATIONS[approximation](factored, self.factors)
         # Every part serves a run of consecutive layers.
         self.parts: list[Approximation] = [self.approximation]
         self._owner = [(part, i) for part in self.parts for i in range(len(part.layers))]
         ends = list(accumulate((sum(len(layer.blocks) for layer in part.layers) for part in self.parts), initial=0))
         self._blocks_of_part = [slice(start, end) for start, end in pairwise(ends)]
         self.statistics = Statistics([store for part in self.parts for store in part.stores])
+        self.refused = torch.zeros((), dtype=torch.int64, device=example.device)  # commits of what was not finite
         # Natural gradients of all covered parameters, in one buffer with a view per parameter.
         unique = {id(p): p for layer in self.layers for p in layer.parameters.values()}
         self.covered: list[nn.Parameter] = list(unique.values())
@@ -178,7 +184,9 @@ class Preconditioner:
         """Commits the statistics gathered since the last step, if they are due."""
         if self.wants_statistics():
             self._warn_about_unseen_layers()
-            self.statistics.commit()
+            gate = self.statistics.commit()
+            if gate is not None:
+                self.refused += (gate == 0).sum()
 
     def update_inverses(self, gamma: Sequence[float]) -> None:
         """Recomputes all inverses with γ, one per layer."""
@@ -235,6 +243,45 @@ class Preconditioner:
         """Removes every hook from the model. Factors and inverses stay; no new statistics are gathered."""
         self.capture.close()
 
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all that is kept between steps, by layer name: plain tensors and numbers.
+
+        Statistics of a backward pass whose step has not been made are not part of it: save after a step.
+        """
+        return checkpoint.save(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Restores what `state_dict` gave, from any device and dtype. Nothing is changed unless everything fits.
+
+        Args:
+            state_dict: From a preconditioner with the same approximation.
+            strict: False loads the layers that fit, by name, and reports the others.
+
+        Returns:
+            Layers that are here and were not loaded, and that were there and are not here; both empty if strict.
+
+        Raises:
+            ValueError: Missing entries, other shapes or, with ``strict``, other layers; the message names the layer.
+        """
+        return checkpoint.load(self, state_dict, strict)
+
+    def cover(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Looks again for layers to precondition, among these parameters; those it has keep their state.
+
+        For layers that were unfrozen. Statistics of a backward pass whose step has not been made are lost.
+        """
+        state = self.state_dict()
+        self.close()
+        self.__init__(**{**self._arguments, "parameters": parameters})  # type: ignore[misc]
+        self.load_state_dict(state, strict=False)
+
+    def __reduce__(self) -> Any:
+        """A copy or a pickle has the model with it; hooks are set on the copy's model."""
+        return _restored, (type(self), self._arguments, self.state_dict(), self.capture.closed)
+
     # ---- tape.Sink --------------------------------------------------------------------------------------------------
 
     def wants_statistics(self) -> bool:
@@ -247,6 +294,11 @@ class Preconditioner:
     def add_terms(self, terms: Tensor) -> None:
         self.statistics.add_terms(terms)
 
+    def begin(self) -> None:
+        # A step that a gradient scaler left out, since gradients overflowed, must not leave its statistics to the next.
+        if all(p.grad is None for p in self.covered):
+            self.drop()
+
     def drop(self) -> None:
         self.statistics.reset()
 
@@ -258,6 +310,20 @@ class Preconditioner:
         for i, layer in enumerate(self.layers):
             memory[id(layer.weight)] += self.memory(i)
         return Report([Row.of(found, memory.get(id(found.parameter), 0)) for found in self._found])
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start; see `KFAC.stats`. Reading them waits for the device."""
+        failures = {
+            f"failures/{layer.name}": float(sum(v.sum() for v in part.state(own).get("failures", ())))
+            for layer, (part, own) in zip(self.layers, self._owner, strict=True)
+        }
+        return {
+            "step": float(self.steps),
+            "inversions": float(self.inversions),
+            "refused_statistics": float(self.refused),
+            "failures": sum(failures.values()),
+            **{name: count for name, count in failures.items() if count},
+        }
 
     def memory(self, layer: int) -> int:
         """Bytes kept for a layer: statistics, pending sums, inverses."""
@@ -288,9 +354,6 @@ class Preconditioner:
             )
 
 
-# ---- discovery ------------------------------------------------------------------------------------------------------
-
-
 def _inner(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -307,37 +370,11 @@ def _inner(model: nn.Module) -> nn.Module:
     return model.module
 
 
-# ---- checks of arguments --------------------------------------------------------------------------------------------
-
-
-def check_range(
-    name: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-) -> None:
-    """Raises a ValueError that names the argument unless the number is in range."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    low = above is None or (number and value > above)
-    least = at_least is None or (number and value >= at_least)
-    high = below is None or (number and value < below)
-    most = at_most is None or (number and value <= at_most)
-    if not (number and low and least and high and most):
-        bounds = [f"> {above:g}"] if above is not None else []
-        bounds += [f">= {at_least:g}"] if at_least is not None else []
-        bounds += [f"< {below:g}"] if below is not None else []
-        bounds += [f"<= {at_most:g}"] if at_most is not None else []
-        raise ValueError(f"{name} must be a number {' and '.join(bounds) or 'that is finite'}, got {name}={value!r}")
-
-
-def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {name}={value!r}")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {name}={value!r}")
+def _restored(
+    kind: type[Preconditioner], arguments: dict[str, Any], state: dict[str, Any], closed: bool
+) -> Preconditioner:
+    preconditioner = kind(**arguments)
+    preconditioner.load_state_dict(state)
+    if closed:
+        preconditioner.close()
+    return preconditioner

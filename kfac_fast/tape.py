@@ -33,6 +33,9 @@ class Pass:
 class Sink(Protocol):
     """What receives the statistics."""
 
+    def begin(self) -> None:
+        """The user's backward pass begins to bring statistics."""
+
     def wants_statistics(self) -> bool:
         """Whether the coming forward pass should be looked at."""
 

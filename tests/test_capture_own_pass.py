@@ -84,6 +84,8 @@ class Recorder:
         generators = {torch.device("cpu"): torch.Generator().manual_seed(0)}
         self.capture = Capture(model, layers, Gaussian(), fisher, fraction, self, None, generators.__getitem__)
 
+    def begin(self) -> None: ...
+
     def wants_statistics(self) -> bool:
         return True
 

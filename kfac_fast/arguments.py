@@ -1,0 +1,39 @@
+"""Checks of arguments; the messages name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def check_range(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Raises a ValueError that names the argument unless the number is in range."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    low = above is None or (number and value > above)
+    least = at_least is None or (number and value >= at_least)
+    high = below is None or (number and value < below)
+    most = at_most is None or (number and value <= at_most)
+    if not (number and low and least and high and most):
+        bounds = [f"> {above:g}"] if above is not None else []
+        bounds += [f">= {at_least:g}"] if at_least is not None else []
+        bounds += [f"< {below:g}"] if below is not None else []
+        bounds += [f"<= {at_most:g}"] if at_most is not None else []
+        raise ValueError(f"{name} must be a number {' and '.join(bounds) or 'that is finite'}, got {name}={value!r}")
+
+
+def check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {name}={value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {name}={value!r}")
