@@ -184,6 +184,8 @@ class KFAC(ResumableOptimizer):
         super().zero_grad(set_to_none)
         self.preconditioner.drop()
 
+    # The kernels are opaque to torch.compile: there is nothing to gain from tracing the Python around them.
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, evaluate: Callable[[], Any] | None = None) -> Any:
         """One step.
