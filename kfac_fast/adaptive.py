@@ -1,6 +1,6 @@
 """The update rule of Martens & Grosse 2015 for large batches: learning rate, momentum and damping set themselves.
 
-With Δ = −U the natural gradient and δ₀ the last step, the step δ = αΔ + μδ₀ minimises the quadratic model
+With U the natural gradient and δ₀ the last step, the step δ = −αU + μδ₀ minimises the quadratic model
 M(δ) = ½ δᵀ(F + (λ+η)I)δ + ∇ᵀδ + h over α and μ, where F is the exact Fisher, not its approximation (sec. 6.4, 7). How
 well M predicts the loss sets λ (sec. 6.5); the smallest M sets γ (sec. 6.6).
 """
@@ -17,8 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_count, check_range
+from .loss_check import LossCheck
 from .preconditioner import ALWAYS_INVERT_FIRST, Preconditioner
-from .products import fisher_quadratic_forms
+from .products import FisherProducts
+from .quadratic import Minimum, minimise_in_span
+from .tape import Batch
+from .vectors import ParameterVector
+
+Closure = Callable[[], Tensor]
+
+# λ tried by damping="auto", from safe to bold.
+CALIBRATION = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5)
 
 
 @dataclass(frozen=True)
@@ -58,49 +67,6 @@ class Adaptive:
             check_range("averaging", self.averaging, at_least=0.0, below=1.0)
 
 
-# λ tried by damping="auto", from safe to bold.
-CALIBRATION = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A minimiser of M over the span of Δ and δ₀.
-
-    Attributes:
-        alpha: α, the learning rate.
-        mu: μ, the momentum.
-        change: M(δ) − M(0), never positive.
-    """
-
-    alpha: float
-    mu: float
-    change: float
-
-
-def minimise_in_span(quadratic: Tensor, linear: Tensor) -> Step:
-    """Solves the 2 × 2 system of sec. 7.
-
-    Args:
-        quadratic: ``[k, k]`` of (F + (λ+η)I) over Δ and, if k = 2, δ₀; float64.
-        linear: ``[k]`` of ∇ᵀΔ and ∇ᵀδ₀.
-
-    Returns:
-        The minimiser; over Δ alone where δ₀ is absent, zero or (nearly) parallel to Δ, and no step at all where even
-        that has no minimum.
-    """
-    (a, *_), (p, *_) = quadratic[0].tolist(), linear.tolist()
-    if len(linear) == 2:
-        b, c, q = float(quadratic[0, 1]), float(quadratic[1, 1]), float(linear[1])
-        determinant = a * c - b * b
-        if determinant > 1e-10 * a * c and a > 0:
-            alpha, mu = -(c * p - b * q) / determinant, -(a * q - b * p) / determinant
-            return Step(alpha, mu, 0.5 * (alpha * p + mu * q))
-    if not a > 0:
-        return Step(0.0, 0.0, 0.0)
-    alpha = -p / a
-    return Step(alpha, 0.0, 0.5 * alpha * p)
-
-
 class AdaptiveRule:
     """Carries out `Adaptive` for a `Preconditioner`.
 
@@ -125,23 +91,35 @@ class AdaptiveRule:
         self.calibrated = not isinstance(damping, str)
         self.damping = CALIBRATION[0] if isinstance(damping, str) else damping
         self.weight_decay = weight_decay
-        self.gamma = math.sqrt(self.damping + weight_decay)
+        self.gamma = self._balanced_gamma()
         covered = {id(p) for p in preconditioner.covered}
-        self.parameters = preconditioner.covered + [p for p in parameters if id(p) not in covered]
+        self.parameters = [*preconditioner.covered, *(p for p in parameters if id(p) not in covered)]
         dtype = preconditioner.results_flat.dtype
         for p in self.parameters:
             if p.dtype != dtype:
                 raise ValueError(f"adaptive needs all parameters in {dtype}, got one in {p.dtype}")
+        self._tensors: list[Tensor] = list(self.parameters)
         names = {id(p): name for name, p in preconditioner.model.named_parameters()}
         self._names = [names[id(p)] for p in self.parameters]
-        self.last = torch.cat([torch.zeros_like(p).flatten() for p in self.parameters])  # δ₀
-        self.average = None if config.averaging is None else torch.cat([p.detach().flatten() for p in self.parameters])
+        self._gradient = self._vector()  # ∇, with the ℓ2 term
+        self._natural = self._vector()  # U
+        self.last = self._vector()  # δ₀
+        self._origin = self._vector()  # θ before a step that may be taken back
+        self.average = None if config.averaging is None else self._vector()
+        if self.average is not None:
+            self.average.copy_(self._tensors)
         self.rejected = 0
         self.stats: dict[str, float] = {}
-        preconditioner.capture.keep_batches = True
+        capture = preconditioner.capture
+        capture.keep_batches = True
+        self.products = FisherProducts(preconditioner.model, capture.likelihood, capture.find_outputs)
+        self._loss_check = LossCheck(capture.likelihood)
+
+    def _vector(self) -> ParameterVector:
+        return ParameterVector(self.parameters, self._names)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor], evaluate: Callable[[], Tensor] | None = None) -> Tensor:
+    def step(self, closure: Closure, evaluate: Closure | None = None) -> Tensor:
         """One step of Algorithm 2.
 
         A loss or gradient that is not finite changes nothing but λ, which grows; a step after which the loss is not
@@ -158,28 +136,34 @@ class AdaptiveRule:
         batches = pre.capture.batches
         if not batches:
             raise RuntimeError("step(closure): the closure must run the model's forward and the loss's backward pass")
-        theta = torch.cat([p.detach().flatten() for p in self.parameters])
-        gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
-        value = float(loss.detach()) + self._penalty(theta)
-        if not (math.isfinite(value) and bool(gradient.isfinite().all())):
+        value = float(loss.detach())
+        self._gradient.copy_gradients_(self._tensors)
+        if not (math.isfinite(value) and math.isfinite(float(self._gradient.data.sum()))):
             self._grow_damping()
             self.rejected += 1
             return loss
-        gradient.add_(theta, alpha=self.weight_decay)
+        if self._loss_check.open:
+            self._loss_check.look(value, batches)
+        value += self._penalty()
+        if self.weight_decay:
+            torch._foreach_add_(self._gradient.views, self._tensors, alpha=self.weight_decay)
 
         pre.update_factors()
         if not self.calibrated:
-            self._calibrate(theta, gradient, batches, closure, evaluate)
+            self._calibrate(batches, closure, evaluate)
         k = pre.steps
-        if k % config.t3 == 0 or pre.inversions < ALWAYS_INVERT_FIRST:
-            direction, step = self._invert(gradient, batches, search=k > 0 and k % config.t2 == 0)
+        if k % config.t3 == 0 or k < ALWAYS_INVERT_FIRST:
+            step = self._invert(batches, search=k > 0 and k % config.t2 == 0)
         else:
-            direction, step = self._propose(gradient, batches)
-        delta = direction.mul_(step.alpha)
-        if step.mu:
-            delta.add_(self.last, alpha=step.mu)
-        self._write(theta + delta)
+            step = self._propose(batches)
         pre.steps += 1
+        measure = pre.steps % config.t1 == 0
+        if measure:
+            self._origin.copy_(self._tensors)
+        self.last.data.mul_(step.mu)
+        if step.natural:  # else U may be anything, even NaN
+            self.last.data.add_(self._natural.data, alpha=step.natural)
+        torch._foreach_add_(self._tensors, self.last.views)
         self.stats = {
             "loss": value,
             "damping": self.damping,
@@ -188,117 +172,109 @@ class AdaptiveRule:
             "mu": step.mu,
             "model_change": step.change,
         }
-        if pre.steps % config.t1 == 0 and not self._adjust_damping(value, step, closure, evaluate):
-            self._write(theta)
-            self.last.zero_()
+        if measure and not self._adjust_damping(value, step, closure, evaluate):
+            self._write(self._origin)
+            self.last.data.zero_()
             self.rejected += 1
-            return loss
-        self.last = delta
-        self._update_average(theta.add_(delta))
+        else:
+            self._update_average()
+        pre.capture.forget()
         return loss
 
-    def _propose(self, gradient: Tensor, batches: list[Any]) -> tuple[Tensor, Step]:
-        """Δ with the inverses at hand, and the minimiser over it and δ₀."""
-        direction = self._direction(gradient)
-        directions = [direction]
-        if self.config.momentum and bool(self.last.any()):
+    def _propose(self, batches: list[Batch]) -> Minimum:
+        """U with the inverses at hand, and the minimiser over it and δ₀."""
+        self._precondition()
+        directions = [self._natural]
+        if self.config.momentum and bool(self.last.data.any()):
             directions.append(self.last)
         damping = self.damping + self.weight_decay
         quadratic = self._fisher_forms(batches, directions)
         for i, u in enumerate(directions):
             for j, v in enumerate(directions[: i + 1]):
-                quadratic[i, j] += damping * float(torch.dot(u, v))
+                quadratic[i, j] += damping * u.dot(v)
                 quadratic[j, i] = quadratic[i, j]
-        linear = torch.tensor([float(torch.dot(gradient, u)) for u in directions], dtype=torch.float64)
-        return direction, minimise_in_span(quadratic, linear)
+        linear = torch.tensor([self._gradient.dot(u) for u in directions], dtype=torch.float64)
+        return minimise_in_span(quadratic, linear)
 
-    def _invert(self, gradient: Tensor, batches: list[Any], *, search: bool) -> tuple[Tensor, Step]:
+    def _invert(self, batches: list[Batch], *, search: bool) -> Minimum:
         """`_propose` with new inverses; when searching, with the γ among three that has the lowest M (sec. 6.6)."""
+        if self.config.gamma == "search" and search:
+            return self._search_gamma(batches)
+        if self.config.gamma == "sqrt":
+            self.gamma = self._balanced_gamma()
+        self._update_inverses(self.gamma)
+        return self._propose(batches)
+
+    def _search_gamma(self, batches: list[Batch]) -> Minimum:
         pre, config = self.preconditioner, self.config
+        omega = math.sqrt(19 / 20) ** config.t2
         floor = math.sqrt(self.weight_decay)
-        if config.gamma == "sqrt":
-            candidates = [math.sqrt(self.damping + self.weight_decay)]
-        elif search:
-            omega = math.sqrt(19 / 20) ** config.t2
-            candidates = [
-                min(max(g, floor), config.gamma_max) for g in (self.gamma, omega * self.gamma, self.gamma / omega)
-            ]
-            candidates = list(dict.fromkeys(candidates))
-        else:
-            candidates = [self.gamma]
-        best: tuple[tuple[Tensor, Step], float, list[Tensor]] | None = None
-        for gamma in candidates:
-            pre.update_inverses([gamma] * len(pre.layers))
-            proposal = self._propose(gradient, batches)
-            if best is None or proposal[1].change < best[0][1].change:
-                best = proposal, gamma, pre.copy_inverses() if len(candidates) > 1 else []
+        candidates = [
+            min(max(g, floor), config.gamma_max) for g in (self.gamma, omega * self.gamma, self.gamma / omega)
+        ]
+        best: tuple[Minimum, float, list[Tensor], Tensor] | None = None
+        for gamma in dict.fromkeys(candidates):
+            self._update_inverses(gamma)
+            step = self._propose(batches)
+            if best is None or step.change < best[0].change:
+                best = step, gamma, pre.copy_inverses(), self._natural.data.clone()
         assert best is not None
-        proposal, self.gamma, inverses = best
-        if inverses:
-            pre.restore_inverses(inverses)
-        return proposal
+        step, self.gamma, inverses, natural = best
+        pre.restore_inverses(inverses)
+        self._natural.data.copy_(natural)
+        return step
 
-    def _direction(self, gradient: Tensor) -> Tensor:
+    def _update_inverses(self, gamma: float) -> None:
+        self.preconditioner.update_inverses([gamma] * len(self.preconditioner.layers))
+
+    def _precondition(self) -> None:
         pre = self.preconditioner
-        pieces = gradient.split([p.numel() for p in self.parameters])
         covered = len(pre.covered)
-        pre.precondition([piece.view(p.shape) for piece, p in zip(pieces[:covered], pre.covered, strict=True)])
-        plain = [piece / (self.damping + self.weight_decay) for piece in pieces[covered:]]
-        return torch.cat([pre.results_flat, *plain]).neg_()
+        pre.precondition(self._gradient.views[:covered])
+        end = pre.results_flat.numel()
+        self._natural.data[:end].copy_(pre.results_flat)
+        torch.div(self._gradient.data[end:], self.damping + self.weight_decay, out=self._natural.data[end:])
 
-    def _fisher_forms(self, batches: list[Any], directions: list[Tensor]) -> Tensor:
-        pre, capture = self.preconditioner, self.preconditioner.capture
-        tangents = []
-        for direction in directions:
-            pieces = direction.split([p.numel() for p in self.parameters])
-            tangents.append(
-                {name: piece.view(p.shape) for name, piece, p in zip(self._names, pieces, self.parameters, strict=True)}
-            )
+    def _fisher_forms(self, batches: list[Batch], directions: list[ParameterVector]) -> Tensor:
+        capture = self.preconditioner.capture
+        tangents = [direction.by_name for direction in directions]
         total = torch.zeros(len(directions), len(directions), dtype=torch.float64)
         terms = 0.0
-        for inputs, counted in batches:
-            part, chosen = inputs, slice(None)
-            if self.config.product_fraction < 1 and inputs.divisible:
-                part, chosen = inputs.part(self.config.product_fraction, pre.steps)
+        for batch in batches:
+            part, chosen = batch.inputs, slice(None)
+            if self.config.product_fraction < 1 and batch.inputs.divisible:
+                part, chosen = batch.inputs.part(self.config.product_fraction, self.preconditioner.steps)
+            counted = batch.counted[chosen]
             with capture.paused():
-                forms = fisher_quadratic_forms(
-                    pre.model, capture.likelihood, capture.find_outputs, part, counted[chosen], tangents
-                )
-            weight = float(counted[chosen].sum())
+                forms = self.products.forms(part, counted, tangents)
+            weight = float(counted.sum())
             total += weight * forms
             terms += weight
         return total / max(terms, 1.0)
 
-    def _calibrate(
-        self,
-        theta: Tensor,
-        gradient: Tensor,
-        batches: list[Any],
-        closure: Callable[[], Tensor],
-        evaluate: Callable[[], Tensor] | None,
-    ) -> None:
+    def _calibrate(self, batches: list[Batch], closure: Closure, evaluate: Closure | None) -> None:
         """Takes the λ of `CALIBRATION` whose first step lowers the loss most; λ is tried downwards while that improves.
 
         From far above it the rule of sec. 6.5 would need hundreds of steps to come down, since λ falls by at most 19/20
         a step.
         """
         best, lowest = CALIBRATION[0], math.inf
+        self._origin.copy_(self._tensors)
         for damping in CALIBRATION:
             self.damping = damping
-            self.gamma = math.sqrt(damping + self.weight_decay)
-            self.preconditioner.update_inverses([self.gamma] * len(self.preconditioner.layers))
-            direction, step = self._propose(gradient, batches)
-            self._write(theta + direction.mul_(step.alpha))
+            self._update_inverses(self._balanced_gamma())
+            step = self._propose(batches)
+            torch._foreach_add_(self._tensors, self._natural.views, alpha=step.natural)
             after = self._loss_now(closure, evaluate)
-            self._write(theta)
+            self._write(self._origin)
             if not after < lowest:
                 break
             best, lowest = damping, after
         self.damping = best
-        self.gamma = math.sqrt(self.damping + self.weight_decay)
+        self.gamma = self._balanced_gamma()
         self.calibrated = True
 
-    def _loss_now(self, closure: Callable[[], Tensor], evaluate: Callable[[], Tensor] | None) -> float:
+    def _loss_now(self, closure: Closure, evaluate: Closure | None) -> float:
         """The loss with the penalty at the present parameters, unseen by the capture."""
         with self.preconditioner.capture.paused():
             if evaluate is not None:
@@ -306,11 +282,9 @@ class AdaptiveRule:
             else:
                 with torch.enable_grad():
                     loss = float(closure().detach())
-        return loss + self._penalty(torch.cat([p.detach().flatten() for p in self.parameters]))
+        return loss + self._penalty()
 
-    def _adjust_damping(
-        self, value: float, step: Step, closure: Callable[[], Tensor], evaluate: Callable[[], Tensor] | None
-    ) -> bool:
+    def _adjust_damping(self, value: float, step: Minimum, closure: Closure, evaluate: Closure | None) -> bool:
         """Levenberg–Marquardt (sec. 6.5); whether the step may stay."""
         after = self._loss_now(closure, evaluate)
         ratio = (after - value) / step.change if step.change else math.nan
@@ -328,20 +302,23 @@ class AdaptiveRule:
     def _grow_damping(self) -> None:
         self.damping /= self._omega()
 
-    def _penalty(self, theta: Tensor) -> float:
-        return 0.5 * self.weight_decay * float(torch.dot(theta, theta)) if self.weight_decay else 0.0
+    def _balanced_gamma(self) -> float:
+        """γ = √(λ+η), sec. 6.3."""
+        return math.sqrt(self.damping + self.weight_decay)
 
-    def _write(self, theta: Tensor) -> None:
-        pieces = theta.split([p.numel() for p in self.parameters])
-        torch._foreach_copy_(
-            [p.detach() for p in self.parameters],
-            [x.view(p.shape) for x, p in zip(pieces, self.parameters, strict=True)],
-        )
+    def _penalty(self) -> float:
+        if not self.weight_decay:
+            return 0.0
+        norms = torch.stack(torch._foreach_norm(self._tensors)).double()
+        return 0.5 * self.weight_decay * float(norms.square().sum())
 
-    def _update_average(self, theta: Tensor) -> None:
+    def _write(self, vector: ParameterVector) -> None:
+        torch._foreach_copy_(self._tensors, vector.views)
+
+    def _update_average(self) -> None:
         if self.average is not None and self.config.averaging is not None:
             keep = min(1 - 1 / self.preconditioner.steps, self.config.averaging)
-            self.average.lerp_(theta, 1 - keep)
+            torch._foreach_lerp_(self.average.views, self._tensors, 1 - keep)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the preconditioner's own state."""
@@ -350,17 +327,17 @@ class AdaptiveRule:
             "gamma": self.gamma,
             "calibrated": self.calibrated,
             "rejected": self.rejected,
-            "last": self.last.clone(),
-            "average": None if self.average is None else self.average.clone(),
+            "last": self.last.data.clone(),
+            "average": None if self.average is None else self.average.data.clone(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores `state`."""
         self.damping, self.gamma = state["damping"], state["gamma"]
         self.calibrated, self.rejected = state["calibrated"], state["rejected"]
-        self.last.copy_(state["last"])
+        self.last.data.copy_(state["last"])
         if self.average is not None and state["average"] is not None:
-            self.average.copy_(state["average"])
+            self.average.data.copy_(state["average"])
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -371,8 +348,9 @@ class AdaptiveRule:
         """
         if self.average is None:
             raise RuntimeError("no average is kept: pass adaptive=Adaptive(averaging=0.99)")
+        own = self._vector()
         with torch.no_grad():
-            own = torch.cat([p.detach().flatten() for p in self.parameters])
+            own.copy_(self._tensors)
             self._write(self.average)
         try:
             yield

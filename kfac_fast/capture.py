@@ -40,7 +40,7 @@ from .layers import Inputs, Layer
 from .likelihoods import Likelihood
 from .ops.native import read_if_free
 from .passes import ModelInputs, autocast_now, unnoticed
-from .tape import Call, Sender, Sink, Tape
+from .tape import Batch, Call, Sender, Sink, Tape
 
 FISHERS = ("mc", "exact", "empirical")
 
@@ -102,9 +102,9 @@ class Capture:
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._unfinished: dict[Tape, int] = {}  # backward pass under way or failed; the thread it is or was on
         self._checked_gradient = False
-        # Inputs and counted loss terms of the forward passes since `forget` that were followed by a backward pass.
+        # Since `forget`.
         self.keep_batches = False
-        self.batches: list[tuple[ModelInputs, Tensor]] = []
+        self.batches: list[Batch] = []
         self._handles = [
             model.register_forward_pre_hook(Hook(self, Capture._before_model), with_kwargs=True),
             *(
@@ -214,10 +214,10 @@ class Capture:
         gradient = gradient.detach()
         if not self._checked_gradient:
             self._check_gradient(outputs, gradient)
-        counted = self._counted(outputs, gradient)
+        counted = self.likelihood.counted(outputs, gradient)
+        if self.keep_batches:
+            self._keep(Batch(tape.inputs, counted, outputs, gradient))
         if tape.counted is None:
-            if self.keep_batches:
-                self.batches.append((tape.inputs, counted))
             tape.counted = counted
         else:  # another backward pass through the same outputs: of losses on other terms, perhaps
             if tape.statistics and self._fisher == "empirical":
@@ -236,6 +236,13 @@ class Capture:
         elif tape.calls:
             tape.calls = []
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, tape, gradient, counted))
+
+    def _keep(self, batch: Batch) -> None:
+        for i, other in enumerate(self.batches):
+            if other.inputs is batch.inputs:  # the sum of two losses of the same outputs
+                self.batches[i] = other.plus(batch)
+                return
+        self.batches.append(batch)
 
     def _begin(self, tape: Tape) -> None:
         if not self._unfinished:
@@ -298,11 +305,6 @@ class Capture:
         if self._unfinished and (thread is None or thread in self._unfinished.values()):
             self._unfinished.clear()
             self._sink.drop()
-
-    def _counted(self, outputs: Tensor, gradient: Tensor) -> Tensor:
-        """Which loss terms count, in the shape of the terms."""
-        used = self.likelihood.per_term((gradient != 0).to(torch.uint8)) != 0
-        return used | self.likelihood.determined(outputs)
 
     def _check_gradient(self, outputs: Tensor, gradient: Tensor) -> None:
         if not bool(gradient.isfinite().all()):

@@ -17,6 +17,7 @@ class Hook:
     """
 
     __slots__ = ("_first", "_handler", "_owner")
+    observes_only = True  # it changes nothing, so a pass of our own may leave it out
 
     def __init__(self, owner: Any = None, handler: Callable[..., None] | None = None, *first: Any) -> None:
         self._owner = None if owner is None else weakref.ref(owner)

@@ -11,10 +11,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Implied(NamedTuple):
+    """What the gradient of a loss implies, if it is the negative log-likelihood.
+
+    Attributes:
+        loss: Of every loss term at the implied targets.
+        possible: Whether those targets exist, of every loss term.
+    """
+
+    loss: Tensor
+    possible: Tensor
 
 
 class Likelihood(ABC):
@@ -89,12 +102,22 @@ class Likelihood(ABC):
             gradient = torch.autograd.grad(nll, z, create_graph=True)[0]
             return torch.autograd.grad(gradient, z, v.detach())[0]
 
-    def determined(self, outputs: Tensor) -> Tensor:
-        """Loss terms whose gradient may be zero in floating point although they count: `terms_shape`, bool.
+    def counted(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        """Which loss terms count: `terms_shape`, bool. Default: all.
 
-        A loss term with an exactly zero gradient is otherwise taken as ignored (padding, ``ignore_index``).
+        Where losses can ignore terms (padding, ``ignore_index``) an exactly zero gradient tells.
         """
         return torch.ones(self.terms_shape(outputs), dtype=torch.bool, device=outputs.device)
+
+    def implied(self, outputs: Tensor, gradient: Tensor) -> Implied | None:
+        """What a loss gradient says about the targets, or None (the default) if nothing.
+
+        Args:
+            outputs: The outputs.
+            gradient: Of the loss with respect to them, times the number of loss terms: as if of the sum of negative
+                log-likelihoods.
+        """
+        return None
 
     def gradient_fits(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
         """Whether a loss gradient can come from this likelihood (a bool tensor on the device), None if unknown."""
@@ -188,8 +211,19 @@ class Categorical(Likelihood):
         p = outputs.detach().softmax(self.dim(outputs))
         return p * (v - self.spread(self.per_term(p * v)))
 
-    def determined(self, outputs: Tensor) -> Tensor:
-        return outputs.detach().float().softmax(self.dim(outputs)).amax(self.dim(outputs)) > 1 - 1e-6
+    def counted(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        used = self.per_term((gradient != 0).to(torch.uint8)) != 0
+        # Of a term the model is certain of, the gradient may have underflowed.
+        certain = outputs.detach().float().softmax(self.dim(outputs)).amax(self.dim(outputs)) > 1 - 1e-6
+        return used | certain
+
+    def implied(self, outputs: Tensor, gradient: Tensor) -> Implied:
+        """The targets p − g have to be classes: one-hot."""
+        dim = self.dim(outputs)
+        targets = outputs.softmax(dim) - gradient
+        one_hot = F.one_hot(targets.argmax(dim), outputs.shape[dim]).movedim(-1, dim)
+        possible = (targets - one_hot).abs().amax(dim) < _tolerance(outputs)
+        return Implied(-self.per_term(targets * outputs.log_softmax(dim)), possible)
 
     def gradient_fits(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
         dim = self.dim(outputs)
@@ -228,6 +262,12 @@ class Bernoulli(Likelihood):
         p = outputs.detach().sigmoid()
         return p * (1 - p) * v
 
+    def implied(self, outputs: Tensor, gradient: Tensor) -> Implied:
+        """The targets p − g have to be in [0, 1]; between them they are allowed, as grey levels of images are."""
+        targets = outputs.sigmoid() - gradient
+        possible = ((targets - 0.5).abs() < 0.5 + _tolerance(outputs)).all(-1)
+        return Implied(-self.log_prob(outputs, targets), possible)
+
 
 class Gaussian(Likelihood):
     """A normal distribution around the outputs with known standard deviation.
@@ -264,8 +304,17 @@ class Gaussian(Likelihood):
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         return v / self.sigma**2
 
+    def implied(self, outputs: Tensor, gradient: Tensor) -> Implied:
+        """Targets may be anything; the gradient (outputs − targets)/σ² says how far away they are."""
+        loss = 0.5 * (self.sigma * gradient).square().sum(-1)
+        return Implied(loss, torch.ones_like(loss, dtype=torch.bool))
+
     def __repr__(self) -> str:
         return f"Gaussian(sigma={self.sigma:g})"
+
+
+def _tolerance(outputs: Tensor) -> float:
+    return max(2e-3, 4 * torch.finfo(outputs.dtype).eps)
 
 
 _BY_NAME: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 # Device type, whether autocast was on there, and its dtype.
@@ -82,12 +83,31 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
     originals = [
         (m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items() if buffer is not None
     ]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     for module, name, buffer in originals:
         module._buffers[name] = buffer.clone()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=cuda_devices(model)):
             yield
     finally:
         for module, name, buffer in originals:
             module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """Inside, torch avoids fused kernels that have no forward-mode or second derivative: attention, MKL-DNN."""
+    fast_path, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    # Not `torch.backends.mkldnn.flags`, which also sets flags that were not asked for, with a warning.
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch._C._set_mkldnn_enabled(mkldnn)
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """The CUDA devices that a model has parameters on."""
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

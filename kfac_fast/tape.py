@@ -108,6 +108,27 @@ class Tape:
                 call.edge = None
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A forward pass that was followed by a backward pass.
+
+    Attributes:
+        inputs: Of the model.
+        counted: Which loss terms count, in the shape of the likelihood's terms.
+        outputs: Detached.
+        gradient: Of the user's loss with respect to the outputs.
+    """
+
+    inputs: ModelInputs
+    counted: Tensor
+    outputs: Tensor
+    gradient: Tensor
+
+    def plus(self, other: Batch) -> Batch:
+        """With another backward pass from the same outputs."""
+        return Batch(self.inputs, self.counted | other.counted, self.outputs, self.gradient + other.gradient)
+
+
 class Sender:
     """Sends output gradients whose second moment is the Fisher of the outputs to the calls of a tape.
 

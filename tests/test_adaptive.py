@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fast import KFAC, Adaptive, Bernoulli, Categorical, Gaussian, Likelihood
-from kfac_fast.adaptive import CALIBRATION, AdaptiveRule, minimise_in_span
+from kfac_fast.adaptive import CALIBRATION, AdaptiveRule
 from kfac_fast.passes import ModelInputs
-from kfac_fast.products import fisher_quadratic_forms
+from kfac_fast.products import FisherProducts
+from kfac_fast.quadratic import minimise_in_span
 
 DOUBLE = torch.float64
 
@@ -83,13 +84,14 @@ def test_on_a_quadratic_the_step_is_the_minimiser_in_the_span(weight_decay: floa
 
 def test_minimiser_falls_back_to_one_direction() -> None:
     one = minimise_in_span(torch.tensor([[2.0]], dtype=DOUBLE), torch.tensor([-4.0], dtype=DOUBLE))
-    assert (one.alpha, one.mu, one.change) == (2.0, 0.0, -4.0)
+    assert (one.natural, one.mu, one.change) == (2.0, 0.0, -4.0)
+    assert one.alpha == -2.0
     parallel = torch.tensor([[2.0, 4.0], [4.0, 8.0]], dtype=DOUBLE)
     assert minimise_in_span(parallel, torch.tensor([-4.0, -8.0], dtype=DOUBLE)) == one
     both = minimise_in_span(
         torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=DOUBLE), torch.tensor([-2.0, 4.0], dtype=DOUBLE)
     )
-    assert (both.alpha, both.mu, both.change) == (1.0, -1.0, -3.0)
+    assert (both.natural, both.mu, both.change) == (1.0, -1.0, -3.0)
     nothing = minimise_in_span(torch.tensor([[0.0]], dtype=DOUBLE), torch.tensor([0.0], dtype=DOUBLE))
     assert (nothing.alpha, nothing.change) == (0.0, 0.0)
     broken = minimise_in_span(torch.tensor([[math.nan]], dtype=DOUBLE), torch.tensor([1.0], dtype=DOUBLE))
@@ -125,13 +127,13 @@ def test_gamma_search_takes_the_lowest_model(monkeypatch: pytest.MonkeyPatch) ->
     tried: list[tuple[float, float]] = []
     propose = AdaptiveRule._propose
 
-    def spy(self, gradient, batches):
-        result = propose(self, gradient, batches)
+    def spy(self, batches):
+        result = propose(self, batches)
         pre = self.preconditioner
         a = pre.factors.running[0]
         damped = torch.linalg.inv(pre.approximation.damped.inverse[0]) - a  # πγ on the diagonal
         pi = math.sqrt(float(a.trace() / 5) / float(pre.factors.running[1].trace() / 3))
-        tried.append((float(damped[0, 0]) / pi, result[1].change))
+        tried.append((float(damped[0, 0]) / pi, result.change))
         return result
 
     for _ in range(4):
@@ -165,7 +167,7 @@ def test_fisher_forms_are_the_exact_ones(likelihood: Likelihood, root: Callable[
     fisher = sum(jn.T @ root(z) @ jn for jn, z, c in zip(j, model(x).detach(), counted, strict=True) if c) / 5
     directions = [{name: torch.randn_like(p) for name, p in parameters.items()} for _ in range(2)]
     vectors = torch.stack([torch.cat([d[name].flatten() for name in parameters]) for d in directions])
-    forms = fisher_quadratic_forms(model, likelihood, lambda y: y, ModelInputs((x,), {}, 6), counted, directions)
+    forms = FisherProducts(model, likelihood, lambda y: y).forms(ModelInputs((x,), {}, 6), counted, directions)
     assert torch.allclose(forms, vectors @ fisher @ vectors.T, atol=1e-12)
 
 
@@ -178,7 +180,7 @@ def test_products_leave_buffers_and_generators_alone() -> None:
     counted = torch.ones(6, dtype=torch.bool)
     x = torch.randn(6, 4, dtype=DOUBLE)
     state = torch.get_rng_state()
-    fisher_quadratic_forms(model, Gaussian(), lambda y: y, ModelInputs((x,), {}, 6), counted, directions)
+    FisherProducts(model, Gaussian(), lambda y: y).forms(ModelInputs((x,), {}, 6), counted, directions)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 

@@ -1,0 +1,93 @@
+"""``python -m bench.convergence``: tunes the rivals, runs everybody with three seeds, writes figures and pictures.
+
+It may be stopped at any time and goes on where it was; ``--piece`` stops it after some seconds (exit status 3: not done
+yet). Run nothing else beside the final runs: their seconds are part of the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from .contenders import CONTENDERS, Contender, Setting
+from .problems import FULL_AT, PROBLEMS, Problem
+from .training import Run, Training
+
+TUNING_SEED = 100
+SEEDS = (0, 1, 2)
+
+
+class Comparison:
+    """The runs of one problem, scaled by ``budget``, until a deadline."""
+
+    def __init__(self, problem: Problem, folder: Path, budget: float, deadline: float) -> None:
+        self.problem, self.folder, self.deadline = problem, folder, deadline
+        self.scale = lambda updates: max(2, round(updates * budget))
+
+    def training(self, contender: Contender, setting: Setting, seed: int) -> Training:
+        return Training(
+            self.problem,
+            contender,
+            setting,
+            seed,
+            self.folder,
+            self.scale(contender.updates),
+            max(2, self.scale(FULL_AT)),
+        )
+
+    def tune(self, contender: Contender) -> tuple[Setting | None, list[Run]]:
+        """The best setting, or None if the deadline came first; and the runs it was chosen from."""
+        alive = [self.training(contender, setting, TUNING_SEED) for setting in contender.grid]
+        everything = alive
+        if not contender.rounds:
+            return contender.grid[0], []
+        for updates, survivors in contender.rounds:
+            reached = [each.advance(self.scale(updates), self.deadline) for each in alive]
+            if not all(reached):
+                return None, [each.run for each in everything]
+            alive = sorted(alive, key=lambda each: each.run.final)[:survivors]
+        return alive[0].run.setting, [each.run for each in everything]
+
+    def final(self, contender: Contender, setting: Setting, seed: int) -> Run | None:
+        training = self.training(contender, setting, seed)
+        return training.run if training.advance(self.scale(contender.updates), self.deadline) else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.convergence", description=__doc__.split("\n")[0])
+    parser.add_argument("--problem", choices=PROBLEMS, action="append", help="default: all")
+    parser.add_argument("--contender", choices=CONTENDERS, action="append", help="default: all")
+    parser.add_argument("--budget", type=float, default=1.0, help="fraction of all updates, for a short run")
+    parser.add_argument("--piece", type=float, default=float("inf"), help="stop after about this many seconds")
+    parser.add_argument("--tune-only", action="store_true", help="only choose settings; seconds do not matter there")
+    parser.add_argument("--folder", type=Path, default=Path("build/convergence"), help="where runs wait")
+    parser.add_argument("--out", type=Path, default=None, help="JSON of the results; default: in the folder")
+    options = parser.parse_args()
+    folder = options.folder / f"budget-{options.budget:g}"
+    deadline = time.monotonic() + options.piece
+    complete = True
+    for problem in options.problem or PROBLEMS:
+        comparison = Comparison(PROBLEMS[problem], folder, options.budget, deadline)
+        tuned: list[Run] = []
+        runs: list[Run] = []
+        for contender in (CONTENDERS[name] for name in options.contender or CONTENDERS):
+            setting, tried = comparison.tune(contender)
+            tuned += tried
+            print(f"{problem}: {contender.name}: {setting}", flush=True)
+            if setting is None:
+                complete = False
+            elif not options.tune_only:
+                for seed in SEEDS:
+                    run = comparison.final(contender, setting, seed)
+                    complete &= run is not None
+                    if run is not None:
+                        print(f"  seed {seed}: {run.final:.2f} after {run.finished} updates, {run.spent:.1f} s")
+                        runs.append(run)
+    if not complete:
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
