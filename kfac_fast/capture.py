@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .chain import Trace
 from .hooks import Hook
 from .layers import Inputs, Layer
 from .likelihoods import Likelihood
@@ -102,6 +103,7 @@ class Capture:
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._unfinished: dict[Tape, int] = {}  # backward pass under way or failed; the thread it is or was on
         self._checked_gradient = False
+        self.on_trace: Callable[[Trace], None] | None = None  # once; what it raises, the model's forward pass raises
         # Since `forget`.
         self.keep_batches = False
         self.batches: list[Batch] = []
@@ -157,6 +159,9 @@ class Capture:
         wanted = self._sink.wants_statistics()
         if torch.is_grad_enabled() and (wanted or self.keep_batches):
             inputs = ModelInputs(args, kwargs, 0, autocast_now(self._device_types))
+            if self.on_trace is not None:
+                self.on_trace(self._trace(inputs))
+                self.on_trace = None
             here.tape = Tape(inputs, wanted, notes=wanted and not self._own_pass)
 
     def _after_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -165,6 +170,9 @@ class Capture:
             return
         node = output.grad_fn
         if node is None:
+            return
+        if tape.trace is not None:
+            tape.trace.note(index, next(iter((*args, *kwargs.values()))), output)
             return
         inputs = self._layers[index].inputs(args, kwargs)
         tape.calls.append(Call(index, inputs, GradientEdge(node, output.output_nr)))
@@ -195,6 +203,17 @@ class Capture:
         tape.cut_own_edges(outputs)
         number, values = outputs.output_nr, outputs.detach()
         outputs.register_hook(lambda gradient: self._at_outputs(tape, number, values, gradient))
+
+    def _trace(self, inputs: ModelInputs) -> Trace:
+        """Runs the model once more, unnoticed, to see how its layers feed each other."""
+        trace = Trace()
+        with _extra_pass(), unnoticed(self._model), torch.enable_grad():
+            self._here.tape = Tape(inputs, statistics=False, notes=True, trace=trace)
+            try:
+                trace.outputs = self.find_outputs(inputs.run(self._model, trace.inputs)).grad_fn
+            finally:
+                self._here.tape = None
+        return trace
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 

@@ -95,7 +95,9 @@ def _views(preconditioner: Saved, index: int) -> dict[str, list[Tensor]]:
 def run_state(preconditioner: Saved) -> dict[str, Any]:
     """Counters and the sampler's state: numbers, tensors and dicts of them, all that sharded checkpoints take."""
     device = preconditioner.refused.device
+    order = preconditioner.approximation.order
     return {
+        **({"order": order} if order else {}),  # sharded checkpoints lose empty dicts
         "step": preconditioner.steps,
         "inversions": preconditioner.inversions,
         "own_passes": preconditioner.capture.own_passes,
@@ -108,10 +110,12 @@ def run_state(preconditioner: Saved) -> dict[str, Any]:
 def check_run_state(preconditioner: Saved, state: Any) -> dict[str, Any]:
     """Refuses what is not a run's state, or of another approximation; gives back what it took.
 
+    The approximation takes the order of the layers here, since the shapes of its state depend on it.
+
     Raises:
         ValueError: What is missing or different.
     """
-    names = run_state(preconditioner)
+    names = run_state(preconditioner).keys() - {"order"}
     missing = sorted(names) if not isinstance(state, dict) else sorted(set(names) - set(state))
     if missing:
         raise ValueError(f"state_dict has no {', '.join(map(repr, missing))}: it is truncated or not of a KFAC")
@@ -120,6 +124,7 @@ def check_run_state(preconditioner: Saved, state: Any) -> dict[str, Any]:
             f"state_dict is of approximation={next(iter(state['approximation']), None)!r}, the optimizer has "
             f"approximation={preconditioner.approximation.name!r}"
         )
+    preconditioner.approximation.take_order(state.get("order", {}))
     return state
 
 

@@ -44,7 +44,7 @@ class Factors(Store):
         empirical_mean: bool,
     ) -> None:
         self._layers = layers
-        self._decay = decay
+        self.decay = decay
         self._empirical_mean = empirical_mean
         blocks = [block for layer in layers for block in layer.blocks]
         self.count = len(blocks)  # blocks A ⊗ G
@@ -101,19 +101,19 @@ class Factors(Store):
         Rows of A are new only if this is the ``first`` gradient of the use.
         """
         block += self.first_block[layer]
-        inputs = tuple(self._cast(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+        inputs = tuple(self.cast(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
         if first:
             rows = self._layers[layer].input_rows(*inputs)
             assert not isinstance(rows, SquareSums)  # these are for diagonal factors
             self._push(block, rows)
             for i in range(block, block + (rows.groups if isinstance(rows, ConvRows) else 1)):
                 self.rows[i] += rows.shape[0]
-        self._push(self.count + block, self._layers[layer].output_rows(self._cast(gradient), *inputs))
+        self._push(self.count + block, self._layers[layer].output_rows(self.cast(gradient), *inputs))
         if self._queued_bytes > QUEUE_BYTES:
             self.flush()
 
-    def _cast(self, rows: Tensor) -> Tensor:
-        # float32 factors take half precision as it is; float64 has to agree.
+    def cast(self, rows: Tensor) -> Tensor:
+        """Rows in a dtype that the factors take: float32 factors take half precision as it is, float64 has to agree."""
         narrow = rows.dtype != torch.float64
         return rows if narrow == (self.running.dtype != torch.float64) else rows.to(self.running.dtype)
 
@@ -140,13 +140,16 @@ class Factors(Store):
         self._queued_bytes = 0
 
     def commit(self, rows: Tensor, terms: Tensor, gate: Tensor) -> None:
-        weight = torch.cat([rows.clamp(min=1).reciprocal(), terms.clamp(min=1).reciprocal().expand(self.count)])
-        if self._empirical_mean:  # rows are 1/M of the gradients of the sum
-            weight[self.count :] = terms.clamp(min=1)
+        weight = torch.cat([rows.clamp(min=1).reciprocal(), self.gradient_weight(terms).expand(self.count)])
         seen = (rows > 0).repeat(2)
-        epsilon, self.updates = blend(self.updates, seen, gate, self._decay)
+        epsilon, self.updates = blend(self.updates, seen, gate, self.decay)
         self.trace = ops.commit_(self.running, self.pending, epsilon, (1 - epsilon) * weight, gate)
         self._dirty = False  # commit_ zeroed the sums
+
+    def gradient_weight(self, terms: Tensor) -> Tensor:
+        """What sums of products of two output gradients are multiplied with, to be those of one loss term."""
+        terms = terms.clamp(min=1)
+        return terms if self._empirical_mean else terms.reciprocal()  # empirical rows are 1/M of those of the sum
 
     def state(self, layer: int) -> dict[str, list[Tensor]]:
         return {

@@ -50,6 +50,7 @@ class Inverses:
         self.failures = torch.zeros(2 * count, dtype=torch.int32, device=self._sizes.device)  # by factor
         # Whether there is an inverse of a committed factor: on the CPU, where asking does not wait.
         self.inverted = torch.zeros(2 * count, dtype=torch.bool)
+        self._damping = torch.ones_like(self._sizes)  # of the last update
         self._info: Tensor | None = None  # of the last update, not yet read by the host
         self._warned: set[int] = set()
 
@@ -66,6 +67,7 @@ class Inverses:
         self._read_last_outcome()
         running = self._factors.running
         damping = self.damping(gamma)
+        self._damping = damping
         if blocks is None:
             _, info = ops.damped_inverse(running, damping, self.inverse)
         else:
@@ -92,6 +94,17 @@ class Inverses:
             "failures": self._factors.per_side(self.failures, layer),
             "inverted": self._factors.per_side(self.inverted, layer),
         }
+
+    def conditions(self) -> Tensor:
+        """‖C + damping·I‖₁ ‖inverse‖₁ of every factor ``[2b]``: at least its condition number, at most √n times it.
+
+        The damping is that of the last update, C is today's.
+        """
+        norms = []
+        for block, inverse, damping in zip(self._factors.running, self.inverse, self._damping, strict=True):
+            damped = block + damping * torch.eye(len(block), dtype=block.dtype, device=block.device)
+            norms.append(torch.linalg.matrix_norm(damped, 1) * torch.linalg.matrix_norm(inverse, 1))
+        return torch.stack(norms) if norms else self._sizes
 
     def _read_last_outcome(self) -> None:
         if self._info is not None:

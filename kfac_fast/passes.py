@@ -59,10 +59,18 @@ class ModelInputs:
         args, kwargs = tree_map(take, (self.args, self.kwargs))
         return dataclasses.replace(self, args=args, kwargs=kwargs, size=len(range(self.size)[chosen])), chosen
 
-    def run(self, model: nn.Module) -> Any:
-        """Calls the model, under the autocast of the first call and cut off from the graph of the arguments."""
+    def run(self, model: nn.Module, leaves: list[Tensor] | None = None) -> Any:
+        """Calls the model, under the autocast of the first call and cut off from the graph of the arguments.
+
+        Args:
+            model: The same model.
+            leaves: Where given, all floating-point arguments come from leaves that require gradients, listed here.
+        """
 
         def cut(leaf: Any) -> Any:
+            if leaves is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():
+                leaves.append(leaf.detach().requires_grad_())
+                return leaves[-1].clone()  # which the model may change in place
             return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
         args, kwargs = tree_map(cut, (self.args, self.kwargs))

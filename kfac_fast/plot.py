@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .approximations.block_diagonal import block_names
+from .approximations.base import block_names
 from .optimizer import KFAC
 
 if TYPE_CHECKING:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from . import checkpoint, ops
 from .approximations import APPROXIMATIONS, Approximation
+from .approximations.base import block_names
 from .arguments import check_choice, check_count, check_range
 from .capture import FISHERS, Capture
+from .chain import Trace
 from .checkpoint import IncompatibleKeys
 from .factors import Factors
 from .inverses import KFACWarning
@@ -56,7 +58,7 @@ class Preconditioner:
         loss_reduction: "mean" or "sum", how the user's loss is scaled. Only the empirical Fisher depends on it.
         outputs: Finds the outputs in what the model returns, where that is not a tensor or has ``.logits``.
         seed: Of the generator that draws targets; the global generators are not used.
-        approximation: The structure of the approximate Fisher matrix: "block_diagonal".
+        approximation: The structure of the approximate Fisher matrix: "block_diagonal" or "block_tridiagonal".
         blocks: Which modules are preconditioned, and by which class; None is all that are supported.
         parameters: Only layers whose parameters are all among these are preconditioned; None is all.
 
@@ -139,6 +141,8 @@ class Preconditioner:
         self.capture = Capture(
             self.model, self.layers, as_likelihood(likelihood), fisher, factor_fraction, self, outputs, self.generator
         )
+        if any(part.needs_trace for part in self.parts):
+            self.capture.on_trace = self._take_trace
 
     # ---- use --------------------------------------------------------------------------------------------------------
 
@@ -287,6 +291,13 @@ class Preconditioner:
     def wants_statistics(self) -> bool:
         return self.steps % self.factor_every == 0
 
+    def _take_trace(self, trace: Trace) -> None:
+        start = 0
+        for part in self.parts:
+            if part.needs_trace:
+                part.take_trace(trace.of(range(start, start + len(part.layers))))
+            start += len(part.layers)
+
     def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
         part, own = self._owner[layer]
         part.add_rows(own, inputs, gradient, sent, block)
@@ -311,19 +322,21 @@ class Preconditioner:
             memory[id(layer.weight)] += self.memory(i)
         return Report([Row.of(found, memory.get(id(found.parameter), 0)) for found in self._found])
 
-    def stats(self) -> dict[str, float]:
-        """Counters since the start; see `KFAC.stats`. Reading them waits for the device."""
-        failures = {
-            f"failures/{layer.name}": float(sum(v.sum() for v in part.state(own).get("failures", ())))
-            for layer, (part, own) in zip(self.layers, self._owner, strict=True)
-        }
-        return {
+    def stats(self, *, conditions: bool = False) -> dict[str, float]:
+        """Counters since the start, and condition numbers; see `KFAC.stats`. Reading them waits for the device."""
+        names = [name for part in self.parts for name in block_names(part.layers)]
+        failures = [float(x) for part in self.parts for x in part.failures().tolist()]
+        figures = {
             "step": float(self.steps),
             "inversions": float(self.inversions),
             "refused_statistics": float(self.refused),
-            "failures": sum(failures.values()),
-            **{name: count for name, count in failures.items() if count},
+            "failures": sum(failures),
+            **{f"failures/{name}": count for name, count in zip(names, failures, strict=True) if count},
         }
+        if conditions:
+            numbers = [x for part in self.parts for x in part.conditions().tolist()]
+            figures.update((f"condition/{name}", x) for name, x in zip(names, numbers, strict=True))
+        return figures
 
     def memory(self, layer: int) -> int:
         """Bytes kept for a layer: statistics, pending sums, inverses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -96,6 +97,13 @@ class Statistics:
         self._terms = None
         for store in self._stores:
             store.reset()
+
+
+def rectangles(shapes: Sequence[Sequence[int]], like: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Matrices of zeros in one flat buffer: the buffer, and a view of each."""
+    flat = like.new_zeros(sum(math.prod(shape) for shape in shapes))
+    pieces = flat.split([math.prod(shape) for shape in shapes])
+    return flat, [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def blend(updates: Tensor, seen: Tensor, gate: Tensor, decay: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .chain import Trace
 from .layers import Inputs
 from .likelihoods import Likelihood
 from .passes import ModelInputs
@@ -82,6 +83,7 @@ class Tape:
         user: The user's own backward pass, for the empirical Fisher.
         counted: Loss terms that backward passes so far have counted; None before the first.
         closed: Later backward passes are not looked at.
+        trace: Notes where inputs and outputs come from; calls are then not noted.
     """
 
     inputs: ModelInputs
@@ -92,6 +94,7 @@ class Tape:
     user: Pass = field(default_factory=lambda: Pass([]))
     counted: Tensor | None = None
     closed: bool = False
+    trace: Trace | None = None
 
     def close(self) -> None:
         """Forgets the calls."""

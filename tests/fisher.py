@@ -53,6 +53,22 @@ def exact_fisher(model: nn.Module, layer: Layer, x: Tensor, output_fisher: Calla
     return sum(jn.T @ output_fisher(yn) @ jn for jn, yn in zip(j, y, strict=True)) / len(y)
 
 
+def full_fisher(model: nn.Module, x: Tensor, output_fisher: Callable[[Tensor], Tensor]) -> Tensor:
+    """The whole (1/M) Σ Jᵀ F_R J; every module's weight with its bias as last column, row by row."""
+    model = copy.deepcopy(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    jacobian = jacrev(lambda changed: functional_call(model, changed, (x,)))(parameters)
+    columns: list[Tensor] = []
+    for j in jacobian.values():
+        if j.ndim == 3:  # a bias
+            columns[-1] = torch.cat([columns[-1], j.unsqueeze(-1)], -1)
+        else:
+            columns.append(j.flatten(3))
+    j = torch.cat([c.flatten(2) for c in columns], 2)
+    y = model(x)
+    return sum(jn.T @ output_fisher(yn) @ jn for jn, yn in zip(j, y, strict=True)) / len(y)
+
+
 def kronecker_block(preconditioner: Preconditioner, layer: int, group: int = 0) -> Tensor:
     """G ⊗ A of the running factors, in the order of `exact_fisher`."""
     factors = preconditioner.factors

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .base import Approximation
 from .block_diagonal import BlockDiagonalFisher
+from .block_tridiagonal import BlockTridiagonalFisher
 
-__all__ = ["APPROXIMATIONS", "Approximation", "BlockDiagonalFisher"]
+__all__ = ["APPROXIMATIONS", "Approximation", "BlockDiagonalFisher", "BlockTridiagonalFisher"]
 
-APPROXIMATIONS = {kind.name: kind for kind in (BlockDiagonalFisher,)}
+APPROXIMATIONS = {kind.name: kind for kind in (BlockDiagonalFisher, BlockTridiagonalFisher)}

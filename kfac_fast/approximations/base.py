@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from ..chain import Trace
 from ..layers import Inputs, Layer
 from ..ops import Gradient
 from ..statistics import Store
@@ -21,16 +23,32 @@ class Approximation(ABC):
 
     Attributes:
         name: What the user calls it.
+        needs_trace: Whether it has to know how the layers feed each other.
         layers: The layers it serves.
         stores: Its running statistics; they are committed together with all others.
-        failures: How often the inverse of each part (a factor, a block) had to be replaced by something safer, on the
-            device.
     """
 
     name: ClassVar[str]
+    needs_trace: ClassVar[bool] = False
     layers: Sequence[Layer]
     stores: list[Store]
-    failures: Tensor
+
+    # ---- statistics -------------------------------------------------------------------------------------------------
+
+    def take_trace(self, trace: Trace) -> None:  # noqa: B027 - most need none
+        """Called before the first rows if `needs_trace`. What it raises, the model's forward pass raises."""
+
+    @property
+    def order(self) -> dict[str, int]:
+        """The place of every layer by name, where the shapes in `state` depend on it."""
+        return {}
+
+    def take_order(self, order: Mapping[str, int]) -> None:  # noqa: B027 - most need none
+        """Takes the `order` of a checkpoint, before its state is loaded; that of other layers is left out.
+
+        Raises:
+            ValueError: The layers are known to have another order.
+        """
 
     @abstractmethod
     def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
@@ -39,6 +57,8 @@ class Approximation(ABC):
     @abstractmethod
     def seen(self, layer: int) -> bool:
         """Whether the layer has rows waiting for the next commit."""
+
+    # ---- inverse ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def update(self, gamma: Tensor, layers: Sequence[int] | None = None) -> None:
@@ -65,8 +85,10 @@ class Approximation(ABC):
             out: Where U goes, same structure.
 
         Returns:
-            ⟨V, U⟩ of every block, on the device.
+            ⟨V, U⟩ of every block, on the device. Their sum is positive; alone they need not be.
         """
+
+    # ---- about it ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def state(self, layer: int) -> dict[str, list[Tensor]]:
@@ -75,3 +97,32 @@ class Approximation(ABC):
     @abstractmethod
     def memory(self, layer: int) -> int:
         """Bytes kept for a layer."""
+
+    @abstractmethod
+    def failures(self) -> Tensor:
+        """How often the inverse of every block had to be replaced by something safer, on the device."""
+
+    @abstractmethod
+    def conditions(self) -> Tensor:
+        """Estimated condition number of every damped block, on the device."""
+
+
+def block_names(layers: Sequence[Layer]) -> list[str]:
+    """Of every block, for warnings."""
+    return [layer.name + (f"[{block.label}]" if block.label else "") for layer in layers for block in layer.blocks]
+
+
+def as_matrix(gradient: Gradient, dtype: torch.dtype) -> Tensor:
+    """V ``[d_out, d_in (+1)]`` with the bias as last column."""
+    weight, bias = gradient if isinstance(gradient, tuple) else (gradient, None)
+    matrix = weight.reshape(len(weight), -1).to(dtype)
+    return matrix if bias is None else torch.cat([matrix, bias.to(dtype).unsqueeze(1)], 1)
+
+
+def write_matrix(matrix: Tensor, out: Gradient) -> None:
+    """Inverse of `as_matrix`, into ``out``."""
+    weight, bias = out if isinstance(out, tuple) else (out, None)
+    if bias is not None:
+        bias.copy_(matrix[:, -1])
+        matrix = matrix[:, :-1]
+    weight.copy_(matrix.reshape(weight.shape))

@@ -9,11 +9,10 @@ from torch import Tensor
 from .. import ops
 from ..factors import Factors
 from ..inverses import Inverses
-from ..layers import Inputs, KroneckerLayer, Layer
+from ..layers import Inputs, KroneckerLayer
 from ..ops import Gradient
-from ..statistics import Store
 from ..tape import Pass
-from .base import Approximation
+from .base import Approximation, block_names
 
 BUFFERS = 3  # running factors, pending sums, inverses
 
@@ -31,9 +30,8 @@ class BlockDiagonalFisher(Approximation):
     def __init__(self, layers: list[KroneckerLayer], factors: Factors) -> None:
         self.layers = layers
         self.factors = factors
-        self.stores: list[Store] = [factors]
+        self.stores = [factors]
         self.damped = Inverses(factors, block_names(layers))
-        self.failures = self.damped.failures
 
     def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
         self.factors.add_rows(layer, inputs, gradient, block, first=sent.first)
@@ -48,8 +46,9 @@ class BlockDiagonalFisher(Approximation):
         self.damped.update(gamma, chosen)
 
     def inverses(self, layer: int) -> list[Tensor]:
-        count, own = self.factors.count, self.factors.blocks_of(layer)
-        return [self.damped.inverse[first + i] for first in (0, count) for i in own]
+        return [
+            view for views in self.factors.matrices_of("inverse", self.damped.inverse, layer).values() for view in views
+        ]
 
     def apply(self, gradients: Sequence[Gradient], out: Sequence[Gradient]) -> Tensor:
         return ops.precondition(gradients, self.damped.g, self.damped.a, out=out).dot
@@ -60,7 +59,8 @@ class BlockDiagonalFisher(Approximation):
     def memory(self, layer: int) -> int:
         return BUFFERS * self.factors.bytes(layer)
 
+    def failures(self) -> Tensor:
+        return self.damped.failures.view(2, -1).sum(0)
 
-def block_names(layers: Sequence[Layer]) -> list[str]:
-    """Of every block, for warnings."""
-    return [layer.name + (f"[{block.label}]" if block.label else "") for layer in layers for block in layer.blocks]
+    def conditions(self) -> Tensor:
+        return self.damped.conditions().view(2, -1).prod(0)
