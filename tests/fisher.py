@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import functional_call
 
 from kfac_fast import Preconditioner
 from kfac_fast.layers import Layer
+from kfac_fast.ops import Gradient
 
 
 def root_categorical(logits: Tensor) -> Tensor:  # [C] -> [C, C]
@@ -27,30 +28,41 @@ def root_gaussian(mean: Tensor) -> Tensor:
     return torch.eye(len(mean), dtype=mean.dtype)
 
 
-def exact_fisher(model: nn.Module, layer: Layer, x: Tensor, output_fisher: Callable[[Tensor], Tensor]) -> Tensor:
-    """The layer's block of (1/M) Σ Jᵀ F_R J over the loss terms; outputs ``[N, …, C]``, one term per leading index.
+def exact_blocks(model: nn.Module, layer: Layer, x: Tensor, output_fisher: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The layer's blocks of (1/M) Σ Jᵀ F_R J over the loss terms; outputs ``[N, …, C]``, one term per leading index.
 
-    Rows and columns run over W with the bias as last column, row by row: the order of kron(G, A).
+    Rows and columns of a block run over its matrix with the bias as last column, row by row: the order of kron(G, A).
     """
     model = copy.deepcopy(model)  # the copy carries no hooks
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    everything = dict(model.named_parameters())
     prefix = f"{layer.name}." if layer.name else ""
-    own = {key: parameters[prefix + key] for key in ("weight", "bias") if prefix + key in parameters}
+    own = {name: everything[prefix + name].detach() for name in layer.parameters}
 
-    def outputs(changed: dict[str, Tensor]) -> Tensor:
-        y = functional_call(model, {**parameters, **{prefix + key: value for key, value in changed.items()}}, (x,))
-        return y.reshape(-1, y.shape[-1])
+    own = {name: value.requires_grad_() for name, value in own.items()}
+    y = functional_call(model, {prefix + name: value for name, value in own.items()}, (x,))
+    y = y.reshape(-1, y.shape[-1])
+    m, c = y.shape
+    rows: list[list[Tensor]] = []  # for every output the flattened blocks of its gradient
+    for output in y.flatten():
+        found = torch.autograd.grad(output, list(own.values()), retain_graph=True)
+        rows.append([_flat(matrix) for matrix in layer.matrices(dict(zip(own, found, strict=True)))])
+    blocks = []
+    for block in zip(*rows, strict=True):
+        j = torch.stack(block).view(m, c, -1)
+        blocks.append(sum(jn.T @ output_fisher(yn) @ jn for jn, yn in zip(j, y.detach(), strict=True)) / m)
+    return blocks
 
-    jacobian = jacrev(outputs)(own)
-    d_out = own["weight"].shape[0]
-    columns = [jacobian["weight"].flatten(3)]
-    if "bias" in own:
-        columns.append(jacobian["bias"].unsqueeze(-1))
-    j = torch.cat(columns, -1)  # [M, C, d_out, d_in (+1)]
-    assert j.shape[2] == d_out
-    j = j.flatten(2)
-    y = outputs(own)
-    return sum(jn.T @ output_fisher(yn) @ jn for jn, yn in zip(j, y, strict=True)) / len(y)
+
+def _flat(matrix: Gradient) -> Tensor:
+    weight, bias = matrix if isinstance(matrix, tuple) else (matrix, None)
+    columns = weight.reshape(weight.shape[0], -1)
+    return (columns if bias is None else torch.cat([columns, bias[:, None]], 1)).flatten()
+
+
+def exact_fisher(model: nn.Module, layer: Layer, x: Tensor, output_fisher: Callable[[Tensor], Tensor]) -> Tensor:
+    """`exact_blocks` of a layer with one block."""
+    (block,) = exact_blocks(model, layer, x, output_fisher)
+    return block
 
 
 def full_fisher(model: nn.Module, x: Tensor, output_fisher: Callable[[Tensor], Tensor]) -> Tensor:
