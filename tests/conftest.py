@@ -8,7 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,13 +39,18 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def built() -> Path:
-    """The folder with the native test programs and the simulated CUDA library, up to date."""
+def build() -> Callable[[str], Path]:
+    """Brings a CMake target of tests/ up to date and says where it is."""
     cmake = [sys.executable, "-m", "cmake"] if importlib.util.find_spec("cmake") else ["cmake"]
-    if not (BUILD / "build.ninja").exists():
-        subprocess.run([*cmake, "-S", ROOT / "tests", "-B", BUILD, "-G", "Ninja"], check=True)
-    subprocess.run([*cmake, "--build", BUILD], check=True)
-    return BUILD
+
+    def make(target: str) -> Path:
+        if not (BUILD / "build.ninja").exists():
+            subprocess.run([*cmake, "-S", ROOT / "tests", "-B", BUILD, "-G", "Ninja"], check=True)
+        name = Path(target).name
+        subprocess.run([*cmake, "--build", BUILD, "--target", name.removeprefix("lib").removesuffix(".so")], check=True)
+        return BUILD / target
+
+    return make
 
 
 class Simulator:
@@ -70,8 +75,8 @@ class Simulator:
 
 
 @pytest.fixture(scope="session")
-def _simulator(built: Path) -> Simulator:
-    return Simulator(built / "libkfac_fast_simt.so")
+def _simulator(build: Callable[[str], Path]) -> Simulator:
+    return Simulator(build("simt/libkfac_fast_simt.so"))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,17 @@ def run(*command: object) -> str:
     return result.stdout
 
 
-def test_cpu_kernels(built: Path) -> None:
-    assert " passed, 0 failed" in run(built / "native" / "cpu_ops_test")
+def test_cpu_kernels(build: Callable[[str], Path]) -> None:
+    assert " passed, 0 failed" in run(build("native/cpu_ops_test"))
 
 
-def test_cuda_kernels_on_the_cpu_and_the_shim_itself(built: Path) -> None:
-    assert " passed, 0 failed" in run(built / "simt" / "simt_test")
+def test_cuda_kernels_on_the_cpu_and_the_shim_itself(build: Callable[[str], Path]) -> None:
+    assert " passed, 0 failed" in run(build("simt/simt_test"))
 
 
 @pytest.mark.full
-def test_cpu_kernels_at_every_size(built: Path) -> None:
-    assert " passed, 0 failed" in run(built / "native" / "cpu_ops_test", "--exhaustive")
+def test_cpu_kernels_at_every_size(build: Callable[[str], Path]) -> None:
+    assert " passed, 0 failed" in run(build("native/cpu_ops_test"), "--exhaustive")
 
 
 @pytest.mark.full

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <tuple>
+#include <utility>
 
 #include "kernels.h"
 
@@ -28,9 +29,10 @@ __device__ T* shared_memory() {
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), int64_t grid, int threads, size_t shared_bytes, void*, Args... args) {
   if (grid == 0) return cudaSuccess;
-  const int error = simt::run(dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(threads)), shared_bytes,
-                              [&] { kernel(static_cast<Params>(args)...); });
-  return static_cast<cudaError_t>(error);
+  std::tuple<Params...> values(static_cast<Params>(args)...);
+  return static_cast<cudaError_t>(simt::launch(kernel, dim3(static_cast<unsigned>(grid)),
+                                               dim3(static_cast<unsigned>(threads)), shared_bytes, values,
+                                               std::index_sequence_for<Params...>()));
 }
 
 #else

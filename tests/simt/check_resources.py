@@ -20,6 +20,9 @@ CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 WARPS_PER_SM = {"sm_75": 32, "sm_80": 64, "sm_86": 48, "sm_89": 48, "sm_90": 64, "sm_100": 64, "sm_120": 48}
 REGISTERS_PER_SM = 65536
+# Dynamic shared memory that a block may have, in bytes (CUDA programming guide, technical specifications).
+SHARED_BYTES = {arch: 227 << 10 for arch in ARCHITECTURES}
+SHARED_BYTES |= {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_120": 99 << 10}
 
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+?)'.*?"
@@ -30,11 +33,15 @@ KERNEL = re.compile(
 LAUNCH_BOUNDS = re.compile(r"\.entry (?P<name>\w+)\(.*?\.maxntid (?P<threads>\d+)", re.DOTALL)
 
 
-def demangle(name: str) -> str:
+def readable_name(demangled: str) -> str:
     """Kernel name with its template arguments, without namespaces and parameters."""
-    readable = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
-    readable = readable.replace("(anonymous namespace)::", "").replace("kfac_fast::", "").removeprefix("void ")
-    return readable.split("(")[0]
+    return (
+        demangled.replace("(anonymous namespace)::", "").replace("kfac_fast::", "").removeprefix("void ").split("(")[0]
+    )
+
+
+def demangle(name: str) -> str:
+    return readable_name(subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip())
 
 
 def inspect(source: Path, arch: str) -> list[dict]:

@@ -186,6 +186,8 @@ void Machine::explain_deadlock() {
 
 }  // namespace
 
+Device device = {};
+
 int lane() { return static_cast<int>(machine.current % kWarpSize); }
 
 void* dynamic_shared_memory() { return machine.shared.get(); }

@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 
 #define KFAC_FAST_SIMT 1
 
@@ -70,6 +72,25 @@ int lane();
 
 // Runs `body` once per thread of the grid. The runtime's error after a failure is a launch failure.
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+// A device of someone else's, to which launches, copies and fills go while it is set (exports.cpp). Returns CUDA errors.
+struct Device {
+  int (*launch)(const void* kernel, unsigned grid, unsigned threads, uint64_t shared_bytes, void* const* parameters,
+                const uint64_t* sizes, int count);
+  int (*copy)(void* to, const void* from, uint64_t bytes);
+  int (*fill)(void* to, int value, uint64_t bytes);
+};
+extern Device device;
+
+template <typename... Params, size_t... kIndex>
+int launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, std::tuple<Params...>& values,
+           std::index_sequence<kIndex...>) {
+  if (device.launch == nullptr) return run(grid, block, shared_bytes, [&] { std::apply(kernel, values); });
+  void* const parameters[] = {&std::get<kIndex>(values)..., nullptr};
+  const uint64_t sizes[] = {sizeof(Params)..., 0};
+  return device.launch(reinterpret_cast<const void*>(kernel), grid.x, block.x, shared_bytes, parameters, sizes,
+                       sizeof...(Params));
+}
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source, Site site) {
@@ -187,10 +208,12 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  if (simt::device.copy != nullptr) return static_cast<cudaError_t>(simt::device.copy(to, from, bytes));
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  if (simt::device.fill != nullptr) return static_cast<cudaError_t>(simt::device.fill(to, value, bytes));
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
