@@ -100,7 +100,7 @@ __device__ void update_tile(T* tiles, const T* panel, int i, int j, int step, in
     T v[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) v[c] = acc[r][4 * g + c];
-    store4(at, v);
+    store4_shared(at, v);
   });
 }
 
@@ -112,8 +112,9 @@ __device__ void load_lower(const T* in,  // [n, n]
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warps = static_cast<int>(blockDim.x) / kWarpSize;
   for (int row = static_cast<int>(threadIdx.x) / kWarpSize; row < count * kPanel; row += warps) {
     const int i = row / kPanel;
-    for (int column = lane; column <= row; column += kWarpSize) {
-      const int j = column / kPanel;
+    for (int begin = 0; begin <= row; begin += kWarpSize) {
+      const int column = begin + lane, j = column / kPanel;
+      if (column > row) continue;
       T value = T(row == column);
       if (row < n) value = in[static_cast<int64_t>(row) * n + column] + (row == column ? damping : T(0));
       T* const tile = tiles + tile_start(i, j);

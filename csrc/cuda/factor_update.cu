@@ -1,8 +1,9 @@
 // factor_update: C <- decay C + scale X^T X for all blocks at once.
 //
-// The rows of a block are cut into chunks and its lower triangle into tiles. One CTA per (tile, chunk) writes a partial
-// product to scratch memory; a second launch adds the chunks in order, so that the result does not depend on which CTA
-// ran first. How a block is cut depends on its own shape only: its bits don't change with its company or the device.
+// The rows of a block are cut into chunks and its lower triangle into tiles, one CTA per (tile, chunk). Where there is
+// one chunk it updates C itself; else it writes a partial product to scratch memory and a second launch adds the chunks
+// in order, so that the result does not depend on which CTA ran first. How a block is cut depends on its own shape
+// only: its bits don't change with its company.
 #include <vector>
 
 #include "factor_mma.cuh"
@@ -11,16 +12,16 @@ namespace kfac_fast {
 namespace {
 
 // Rows per partial product: enough items for a device on their own where a block has many rows, but not so many that
-// partial products cost more traffic than the rows, nor so few that a chunk's sum loses digits.
+// partial products cost more than a quarter of the rows' traffic, nor so few that a chunk's sum loses digits.
 constexpr int64_t kWantedItems = 128, kMinChunkRows = 512, kMaxChunkRows = 4096;
+constexpr int64_t kTrafficRatio = 4;
 
-// Partial products sum_k x_k x_k^T of one tile of C over one chunk of rows.
-// One CTA per (tile, chunk); rows pass through shared memory, each thread holds 4x4 or 8x8 elements in registers.
-// FMA: the path of double precision, and of devices without tensor cores for single precision.
+// Partial products sum_k x_k x_k^T of one tile of C over one chunk of rows; with a single chunk, C itself.
+// One CTA per (tile, chunk); rows pass through shared memory, each thread holds 4x4 elements in registers.
+// FMA: the path of double precision, of weighted 16-bit rows, and of devices before compute capability 8.0.
 template <typename T, int kSide>
 __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kResident)
-    factor_update_fma_kernel(RowsTables tables, int count,
-                             T* partials) {  // per block: [chunks, lower tiles, side, side]
+    factor_update_fma_kernel(RowsTables tables, int count, FinishArguments<T> finish) {
   using Tile = Tile<T, kSide>;
   const int owner = find_owner(tables.first, count, static_cast<int>(blockIdx.x));
   const RowsEntry& rows = tables.entries[owner];
@@ -35,74 +36,13 @@ __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kRes
   const RowsLoader<Tile, T> q = {rows, conv, columns + kSide, item.tj * kSide, item.end, slots};
   T acc[Tile::kMicro][Tile::kMicro] = {};
   multiply<Tile>(acc, p, q, item.ti == item.tj, item.begin, item.end, stages);
-
-  T* const out = partials + item.partial;
+  finish_tile<kSide, Tile::kThreads>(rows, item, finish, stages, [&](auto&& put) {
 #pragma unroll
-  for (int r = 0; r < Tile::kMicro; ++r) {
+    for (int r = 0; r < Tile::kMicro; ++r) {
 #pragma unroll
-    for (int g = 0; g < Tile::kGroups; ++g) {
-      T v[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) v[c] = acc[r][4 * g + c];
-      store4(out + Tile::row(r) * kSide + Tile::column(4 * g), v);
+      for (int c = 0; c < Tile::kMicro; ++c) put(Tile::row(r), Tile::column(c), acc[r][c]);
     }
-  }
-}
-
-constexpr int kFinishSide = 32, kFinishThreads = 256;
-
-// C <- decay C + scale (sum of the chunks), both triangles, and whether the sum is finite.
-// One CTA per lower 32x32 piece of a block; its mirror image goes through shared memory to be written in rows.
-// Memory: reads every chunk's piece once, reads half of C and writes all of it.
-template <typename T>
-__global__ void __launch_bounds__(kFinishThreads)
-    factor_update_finish_kernel(const RowsEntry* entries, const int32_t* first, int count, const T* partials,
-                                T* factors,            // [numel]
-                                const T* decay,        // [b]
-                                const T* scale,        // [b]
-                                int32_t* nonfinite) {  // [b] zeroed before
-  const int item = static_cast<int>(blockIdx.x);
-  const int owner = find_owner(first, count, item);
-  const RowsEntry& rows = entries[owner];
-  int pi, pj;
-  lower_pair(item - first[owner], pi, pj);
-  const int row0 = pi * kFinishSide, column0 = pj * kFinishSide;
-  const int tx = static_cast<int>(threadIdx.x) % kFinishSide, ty = static_cast<int>(threadIdx.x) / kFinishSide;
-  const int ti = row0 / rows.side, tj = column0 / rows.side;
-  const int64_t tile_numel = static_cast<int64_t>(rows.side) * rows.side;
-  const int64_t chunk_numel = lower_pairs(rows.tiles) * tile_numel;
-  const T* const tile = partials + rows.partial + (lower_pairs(ti) + tj) * tile_numel + (row0 % rows.side) * rows.side +
-                        column0 % rows.side;
-  const T keep = decay[rows.index], add = scale[rows.index];
-  T* const c = factors + rows.factor;
-  T* const mirror = shared_memory<T>();  // [32, 33]
-  constexpr int kRowsPerThread = kFinishSide * kFinishSide / kFinishThreads;
-
-  bool bad = false;
-#pragma unroll
-  for (int s = 0; s < kRowsPerThread; ++s) {
-    const int r = ty + s * (kFinishThreads / kFinishSide);
-    const int row = row0 + r, column = column0 + tx;
-    if (row >= rows.size || column > row) continue;
-    T sum = T(0);
-    for (int chunk = 0; chunk < rows.chunks; ++chunk) sum += tile[chunk * chunk_numel + r * rows.side + tx];
-    bad = bad || !isfinite(sum);
-    T* const at = c + static_cast<int64_t>(row) * rows.size + column;
-    // decay == 0 starts afresh whatever C held, NaN included (the BLAS convention for beta).
-    const T value = keep == T(0) ? add * sum : keep * *at + add * sum;
-    *at = value;
-    mirror[r * (kFinishSide + 1) + tx] = value;
-  }
-  const int any_bad = __syncthreads_or(bad);
-  if (any_bad && threadIdx.x == 0) atomicOr(nonfinite + rows.index, 1);
-#pragma unroll
-  for (int s = 0; s < kRowsPerThread; ++s) {
-    const int r = ty + s * (kFinishThreads / kFinishSide);
-    const int row = column0 + r, column = row0 + tx;  // of the mirror image
-    if (column < rows.size && row < column) {
-      c[static_cast<int64_t>(row) * rows.size + column] = mirror[tx * (kFinishSide + 1) + r];
-    }
-  }
+  });
 }
 
 // How a block's partial products are computed: by FMA, or on tensor cores from operands of this kind.
@@ -125,7 +65,7 @@ struct Layout {
 
   static int side(int n, Kind kind) {
     if (n <= 32) return 32;
-    return n < 192 || kind == kFma ? 64 : 128;
+    return n <= 640 || kind == kFma ? 64 : 128;
   }
 
   // 16-bit rows are multiplied as they are, exactly. Weights make them numbers that 16 bits don't hold.
@@ -136,11 +76,11 @@ struct Layout {
     return rows.dtype == DType::f16 ? kHalf : kBfloat16;
   }
 
-  // Whole vectors of columns, all aligned. The tensor-core kernels take them.
+  // Whole vectors of columns, all aligned, as they are: the tensor-core kernels copy them in the background.
   static bool vectors(const Rows& rows) {
     const int64_t columns = rows.dtype == DType::f32 ? 4 : 8;
-    return rows.conv == nullptr && rows.col_stride == 1 && rows.row_stride % columns == 0 && rows.d % columns == 0 &&
-           reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
+    return rows.conv == nullptr && rows.weights == nullptr && rows.col_stride == 1 && rows.row_stride % columns == 0 &&
+           rows.d % columns == 0 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
   }
 
   Layout(const FactorUpdate& op, const Context& memory, int device) : arena(memory) {
@@ -164,7 +104,9 @@ struct Layout {
         const Rows& rows = op.rows[block];
         if (kind(rows, tensor_cores) != c / 3 || side(op.plan.size(block), Kind{c / 3}) != kSides[c % 3]) continue;
         RowsEntry entry = make_entry(op, block, kSides[c % 3], partial_numel);
-        partial_numel += static_cast<int64_t>(entry.chunks) * lower_pairs(entry.tiles) * entry.side * entry.side;
+        if (entry.chunks > 1) {
+          partial_numel += static_cast<int64_t>(entry.chunks) * lower_pairs(entry.tiles) * entry.side * entry.side;
+        }
         if (entries != nullptr) {  // else measuring
           if (rows.conv != nullptr) {
             convs[conv] = *rows.conv;
@@ -175,7 +117,7 @@ struct Layout {
           first[at + c] = items;
           finish_first[at] = finish_items;
           items += entry.chunks * lower_pairs(entry.tiles);
-          finish_items += lower_pairs(static_cast<int>(ceil_div(entry.size, kFinishSide)));
+          if (entry.chunks != 1) finish_items += lower_pairs(static_cast<int>(ceil_div(entry.size, kFinishSide)));
         }
         ++at;
       }
@@ -202,7 +144,9 @@ struct Layout {
     entry.tiles = static_cast<int32_t>(ceil_div(entry.size, entry.side));
     const int64_t wanted = ceil_div(kWantedItems, std::max(lower_pairs(entry.tiles), 1));
     const int64_t even = ceil_div(ceil_div(rows.m, wanted), 32) * 32;
-    entry.chunk_rows = std::min(std::max(even, kMinChunkRows), kMaxChunkRows);
+    const int64_t width = rows.dtype == DType::f64 ? 8 : rows.dtype == DType::f32 ? 4 : 2;
+    const int64_t cheap = ceil_div(kTrafficRatio * entry.size * static_cast<int64_t>(sizeof(T)) / width, 32) * 32;
+    entry.chunk_rows = std::min(std::max({even, cheap, kMinChunkRows}), kMaxChunkRows);
     entry.chunks = static_cast<int32_t>(ceil_div(rows.m, entry.chunk_rows));
     entry.conv = -1;
     entry.index = index;
@@ -214,41 +158,44 @@ struct Layout {
   }
 };
 
-// Partial products of the blocks of one class. Tile: how a CTA of the kernel is organised.
+// Products of the blocks of one class. Tile: how a CTA of the kernel is organised.
 template <typename Tile, typename T>
-cudaError_t launch_products(void (*kernel)(RowsTables, int, T*), const Layout<T>& layout, int c, const Context& ctx) {
+cudaError_t launch_products(void (*kernel)(RowsTables, int, FinishArguments<T>), const Layout<T>& layout, int c,
+                            const FinishArguments<T>& finish, const Context& ctx) {
   const int begin = layout.begin[c], count = layout.begin[c + 1] - begin;
   const int32_t* const first = layout.first + begin + c;
   const RowsTables tables = {layout.arena.on_device(layout.entries + begin), layout.arena.on_device(first),
                              layout.arena.on_device(layout.convs)};
   const size_t shared_bytes = Tile::kSharedBytes + 2 * Tile::kSide * sizeof(PatchColumn);
-  return launch(kernel, first[count], Tile::kThreads, shared_bytes, ctx.stream, tables, count, layout.partials);
+  return launch(kernel, first[count], Tile::kThreads, shared_bytes, ctx.stream, tables, count, finish);
 }
 
 template <int kSide>
-cudaError_t launch_mma(const Layout<float>& layout, int c, const Context& ctx) {
-  using Shape = MmaTile<kSide>;
+cudaError_t launch_mma(const Layout<float>& layout, int c, const FinishArguments<float>& finish, const Context& ctx) {
   switch (c / 3) {
     case kHalf:
-      return launch_products<Shape>(factor_update_mma_kernel<Half, kSide>, layout, c, ctx);
+      return launch_products<MmaTile<__half, kSide>>(factor_update_mma_kernel<__half, kSide>, layout, c, finish, ctx);
     case kBfloat16:
-      return launch_products<Shape>(factor_update_mma_kernel<Bfloat16, kSide>, layout, c, ctx);
+      return launch_products<MmaTile<__nv_bfloat16, kSide>>(factor_update_mma_kernel<__nv_bfloat16, kSide>, layout, c,
+                                                            finish, ctx);
     default:
-      return launch_products<Shape>(factor_update_mma_kernel<Tf32, kSide>, layout, c, ctx);
+      return launch_products<MmaTile<float, kSide>>(factor_update_mma_kernel<float, kSide>, layout, c, finish, ctx);
   }
 }
 
 template <typename T>
-cudaError_t launch_class(const Layout<T>& layout, int c, const Context& ctx) {
+cudaError_t launch_class(const Layout<T>& layout, int c, const FinishArguments<T>& finish, const Context& ctx) {
   const int side = kSides[c % 3];
   if (c / 3 == kFma) {
-    if (side == 64) return launch_products<Tile<T, 64>>(factor_update_fma_kernel<T, 64>, layout, c, ctx);
-    return launch_products<Tile<T, 32>>(factor_update_fma_kernel<T, 32>, layout, c, ctx);
+    if (side == 64) {
+      return launch_products<Tile<T, 64>>(factor_update_fma_kernel<T, 64>, layout, c, finish, ctx);
+    }
+    return launch_products<Tile<T, 32>>(factor_update_fma_kernel<T, 32>, layout, c, finish, ctx);
   }
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (side == 128) return launch_mma<128>(layout, c, ctx);
-    if (side == 64) return launch_mma<64>(layout, c, ctx);
-    return launch_mma<32>(layout, c, ctx);
+    if (side == 128) return launch_mma<128>(layout, c, finish, ctx);
+    if (side == 64) return launch_mma<64>(layout, c, finish, ctx);
+    return launch_mma<32>(layout, c, finish, ctx);
   }
   return cudaSuccess;  // double precision has no other kind
 }
@@ -257,22 +204,23 @@ template <typename T>
 cudaError_t run(const FactorUpdate& op, const Context& ctx) {
   const Layout<T> layout(op, ctx, ctx.device);
   const int count = op.plan.count();
+  const FinishArguments<T> finish = {layout.partials, static_cast<T*>(op.factors), static_cast<const T*>(op.decay),
+                                     static_cast<const T*>(op.scale), op.nonfinite};
   cudaError_t error = layout.arena.upload(ctx.stream);
   if (error == cudaSuccess) {
     error = cudaMemsetAsync(op.nonfinite, 0, sizeof(int32_t) * count, static_cast<cudaStream_t>(ctx.stream));
   }
   for (int c = 0; c < kClasses && error == cudaSuccess; ++c) {
     if (layout.begin[c] == layout.begin[c + 1]) continue;
-    error = launch_class(layout, c, ctx);
+    error = launch_class(layout, c, finish, ctx);
   }
   if (error != cudaSuccess) return error;
-  T* const factors = static_cast<T*>(op.factors);
   error = launch(factor_update_finish_kernel<T>, layout.finish_first[count], kFinishThreads,
                  sizeof(T) * kFinishSide * (kFinishSide + 1), ctx.stream, layout.arena.on_device(layout.entries),
-                 layout.arena.on_device(layout.finish_first), count, layout.partials, factors,
-                 static_cast<const T*>(op.decay), static_cast<const T*>(op.scale), op.nonfinite);
+                 layout.arena.on_device(layout.finish_first), count, finish);
   if (error != cudaSuccess) return error;
-  return launch_trace(layout.arena.on_device(layout.blocks), count, factors, static_cast<T*>(op.trace), ctx.stream);
+  return launch_trace(layout.arena.on_device(layout.blocks), count, finish.factors, static_cast<T*>(op.trace),
+                      ctx.stream);
 }
 
 }  // namespace

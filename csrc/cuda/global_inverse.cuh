@@ -145,16 +145,19 @@ __global__ void __launch_bounds__(GlobalTile<T>::kThreads)
   const T* const in = op.blocks + entry.block.offset;
   const T damping = op.damping[entry.block.index];
   T* const tile = matrix.tile(i, j);
-  T* const square = shared_memory<T>();
+  T* const square = shared_memory<T>();  // [64, kRootStride]
   const int n = entry.block.size;
   for (int e = static_cast<int>(threadIdx.x); e < kGlobalTile; e += GlobalTile<T>::kThreads) {
-    const int r = e / kGlobalSide, c = e % kGlobalSide;
-    const int row = max(i * kGlobalSide + r, j * kGlobalSide + c),
-              column = min(i * kGlobalSide + r, j * kGlobalSide + c);
+    const int r = e / kGlobalSide, c = e % kGlobalSide, row = i * kGlobalSide + r, column = j * kGlobalSide + c;
+    if (column > row) continue;
     T value = T(row == column);
     if (row < n) value = in[static_cast<int64_t>(row) * n + column] + (row == column ? damping : T(0));
-    tile[e] = value;
-    if (i == 0) square[r * kRootStride + c] = value;
+    square[r * kRootStride + c] = value;
+    if (i == j) square[c * kRootStride + r] = value;
+  }
+  __syncthreads();
+  for (int e = static_cast<int>(threadIdx.x); e < kGlobalTile; e += GlobalTile<T>::kThreads) {
+    tile[e] = square[e / kGlobalSide * kRootStride + e % kGlobalSide];
   }
   __syncthreads();
   if (i == 0) factor_diagonal(matrix, square, 0, tables.found + owner);

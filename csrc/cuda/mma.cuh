@@ -1,5 +1,6 @@
-// Tensor-core instructions, D += A B for a warp: one function each, with a body for the CPU that computes the same from
-// the documented layout of the fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k8").
+// Instructions that C++ has no words for: one function each, with a body for the CPU that does the same by the PTX ISA.
+//
+// Tensor cores, D += A B for a warp ("Matrix Fragments for mma.m16n8k16 / m16n8k8").
 //
 // With g = lane / 4 and t = lane % 4, a lane holds of A (16 rows) words a0 (row g, word t), a1 (row g + 8, word t), a2
 // (row g, word t + 4), a3 (row g + 8, word t + 4); of B (8 columns) b0 (word t, column g), b1 (word t + 4, column g);
@@ -68,6 +69,42 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       &operands);
 }
 
+// Four 8x8 matrices of 16-bit numbers in shared memory, transposed (ldmatrix.x4.trans). Lane l brings the address of
+// row l % 8 of matrix l / 8, 16 bytes; it gets of each matrix the numbers (2 t, g) and (2 t + 1, g) as one word.
+inline void load_matrices(uint32_t (&words)[4], const void* row) {
+  struct Lane {
+    uint32_t (*words)[4];
+    const void* row;
+  } own = {&words, row};
+  simt::warp_call(
+      [](void* const* lanes) {
+        for (int lane = 0; lane < kWarpSize; ++lane) {
+          for (int matrix = 0; matrix < 4; ++matrix) {
+            uint32_t word = 0;
+            for (int i = 0; i < 2; ++i) {
+              const auto* const source = static_cast<const Lane*>(lanes[8 * matrix + lane % 4 * 2 + i]);
+              word |= static_cast<uint32_t>(static_cast<const uint16_t*>(source->row)[lane / 4]) << (16 * i);
+            }
+            (*static_cast<const Lane*>(lanes[lane])->words)[matrix] = word;
+          }
+        }
+      },
+      &own);
+}
+
+// Copies 16 bytes from global to shared memory, or writes zeros, in the background. copy_commit closes a group of
+// copies; copy_wait<n> waits until at most n of this thread's groups are under way.
+inline void copy_async(void* shared, const void* global, bool copy) {
+  if (copy) {
+    std::memcpy(shared, global, 16);
+  } else {
+    std::memset(shared, 0, 16);
+  }
+}
+inline void copy_commit() {}
+template <int kGroups>
+void copy_wait() {}
+
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
 #define KFAC_FAST_MMA(name, shape_and_types)                                                                   \
@@ -81,12 +118,34 @@ KFAC_FAST_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 KFAC_FAST_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 #undef KFAC_FAST_MMA
 
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
+}
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool copy) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global)), "r"(copy ? 16 : 0)
+      : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
 #else
 
 // Before compute capability 8.0 the launchers never choose a kernel that calls these.
 __device__ inline void mma_tf32(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {}
 __device__ inline void mma_f16(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {}
 __device__ inline void mma_bf16(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {}
+__device__ inline void load_matrices(uint32_t (&)[4], const void*) {}
+__device__ inline void copy_async(void*, const void*, bool) {}
+__device__ inline void copy_commit() {}
+template <int kGroups>
+__device__ void copy_wait() {}
 
 #endif
 

@@ -126,26 +126,41 @@ __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kRes
   T acc[Tile::kMicro][Tile::kMicro] = {};
   multiply<Tile>(acc, p, q, false, 0, layer.columns, shared_memory<T>());
 
+  // Through shared memory, so that neighbouring threads have neighbouring elements of V and U.
+  T* const staged = shared_memory<T>();  // [kPassRows, kStride]
+  constexpr int kPassRows = kSide / Tile::kGroups;
   T dot = T(0);
-  const auto for_each_element = [&](auto&& f) {
 #pragma unroll
-    for (int r = 0; r < Tile::kMicro; ++r) {
+  for (int g = 0; g < Tile::kGroups; ++g) {
+    __syncthreads();  // what the memory held before is done with
 #pragma unroll
-      for (int c = 0; c < Tile::kMicro; ++c) {
-        const int row = i0 + Tile::row(r), column = j0 + Tile::column(c);
-        if (row < layer.rows && column < layer.columns) f(row, column, acc[r][c]);
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int h = 0; h < Tile::kGroups; ++h) {
+        T v[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) v[c] = acc[4 * g + r][4 * h + c];
+        store4_shared(staged + Tile::row(r) * Tile::kStride + Tile::column(4 * h), v);
       }
     }
-  };
-  with_dtype(layer.v.dtype, [&](auto* type) {
-    for_each_element([&](int row, int column, T value) {
-      dot += load_as<T>(element(layer.v, layer.columns, row, column, type)) * value;
+    __syncthreads();
+    const auto for_each_element = [&](auto&& f) {
+#pragma unroll 4
+      for (int e = static_cast<int>(threadIdx.x); e < kPassRows * kSide; e += Tile::kThreads) {
+        const int r = e / kSide, c = e % kSide, row = i0 + g * kPassRows + r, column = j0 + c;
+        if (row < layer.rows && column < layer.columns) f(row, column, staged[r * Tile::kStride + c]);
+      }
+    };
+    with_dtype(layer.v.dtype, [&](auto* type) {
+      for_each_element([&](int row, int column, T value) {
+        dot += load_as<T>(element(layer.v, layer.columns, row, column, type)) * value;
+      });
     });
-  });
-  with_dtype(layer.u.dtype, [&](auto* type) {
-    for_each_element(
-        [&](int row, int column, T value) { store_as(element(layer.u, layer.columns, row, column, type), value); });
-  });
+    with_dtype(layer.u.dtype, [&](auto* type) {
+      for_each_element(
+          [&](int row, int column, T value) { store_as(element(layer.u, layer.columns, row, column, type), value); });
+    });
+  }
   __syncthreads();  // the stages are done with
   dot = sum_over_threads(dot, shared_memory<T>());
   if (threadIdx.x == 0) dots[layer.dots + local] = dot;

@@ -91,10 +91,9 @@ __device__ inline bool pad_position(PaddingMode mode, int64_t size, int64_t& pos
   return true;
 }
 
-// Brings in sqrt(w_k) X[k, column0 + ...] for every kStep-th row k before `end`.
-template <typename Tile, typename T, int kStep = 1>
+// Brings in sqrt(w_k) X[k, column0 + ...] for the rows k before `end`.
+template <typename Tile, typename T, int kLoads = Tile::kLoads>
 struct RowsLoader {
-  static constexpr int kCount = Tile::kLoads;
   const RowsEntry& rows;
   const Conv* conv;            // null for plain rows
   const PatchColumn* columns;  // [kSide] in shared memory, convolutions only
@@ -102,7 +101,7 @@ struct RowsLoader {
   int64_t end;
   LoadSlots<Tile> slots;
 
-  __device__ __forceinline__ void load(T (&values)[Tile::kLoads], int64_t k0) const {
+  __device__ __forceinline__ void load(T (&values)[kLoads], int64_t k0) const {
     if constexpr (sizeof(T) == sizeof(double)) {
       load(values, k0, static_cast<double*>(nullptr));
     } else {
@@ -111,7 +110,7 @@ struct RowsLoader {
   }
 
   template <typename E>
-  __device__ __forceinline__ void load(T (&values)[Tile::kLoads], int64_t k0, E* type) const {
+  __device__ __forceinline__ void load(T (&values)[kLoads], int64_t k0, E* type) const {
     if (conv != nullptr) {
       load_patches(values, k0, type);
     } else {
@@ -125,11 +124,11 @@ struct RowsLoader {
   }
 
   template <typename E>
-  __device__ __forceinline__ void load_rows(T (&values)[Tile::kLoads], int64_t k0, E*) const {
+  __device__ __forceinline__ void load_rows(T (&values)[kLoads], int64_t k0, E*) const {
     const E* const data = static_cast<const E*>(rows.data);
 #pragma unroll
-    for (int i = 0; i < Tile::kLoads; ++i) {
-      const int64_t row = k0 + kStep * slots.k(i);
+    for (int i = 0; i < kLoads; ++i) {
+      const int64_t row = k0 + slots.k(i);
       const int column = column0 + slots.column(i);
       values[i] = T(0);
       if (row >= end || column >= rows.size) continue;
@@ -140,10 +139,12 @@ struct RowsLoader {
 
   // Loads run along k: the output positions of a row of the image are neighbours in memory, patch columns are not.
   template <typename E>
-  __device__ __forceinline__ void load_patches(T (&values)[Tile::kLoads], int64_t k0, E*) const {
-    const int64_t row = k0 + kStep * slots.k(0);
+  __device__ __forceinline__ void load_patches(T (&values)[kLoads], int64_t k0, E*) const {
+    const int64_t row = k0 + slots.k(0);
     const int64_t positions = conv->out[0] * conv->out[1] * conv->out[2];
-    const int64_t image = row / positions;
+    // Divisions of 32 bits take a fraction of the time.
+    const bool narrow = ((row | positions) >> 32) == 0;
+    const int64_t image = narrow ? static_cast<uint32_t>(row) / static_cast<uint32_t>(positions) : row / positions;
     int rest = static_cast<int>(row - image * positions);
     int64_t corner[3];  // of the patch, in the input
 #pragma unroll
@@ -155,7 +156,7 @@ struct RowsLoader {
     const E* const data = static_cast<const E*>(rows.data) + image * conv->batch_stride;
     const T weight = row < end ? root_weight(row) : T(0);
 #pragma unroll
-    for (int i = 0; i < Tile::kLoads; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       const int column = column0 + slots.column(i);
       values[i] = T(0);
       if (row >= end || column >= rows.size) continue;

@@ -21,7 +21,7 @@ ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 WARPS_PER_SM = {"sm_75": 32, "sm_80": 64, "sm_86": 48, "sm_89": 48, "sm_90": 64, "sm_100": 64, "sm_120": 48}
 REGISTERS_PER_SM = 65536
 # Dynamic shared memory that a block may have, in bytes (CUDA programming guide, technical specifications).
-SHARED_BYTES = {arch: 227 << 10 for arch in ARCHITECTURES}
+SHARED_BYTES = dict.fromkeys(ARCHITECTURES, 227 << 10)
 SHARED_BYTES |= {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_120": 99 << 10}
 
 KERNEL = re.compile(

@@ -11,7 +11,7 @@ import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Launch:
     grid: int
     threads: int
     shared_bytes: int
-    result: Any  # ptxsim.Result; None where launches are only recorded
+    result: Any = None  # ptxsim.Result; None where launches are only recorded
+    blocks: list[tuple[dict[str, int], int]] = field(default_factory=list)  # instructions by class, times executed
 
 
 class PtxDevice:
@@ -128,7 +129,7 @@ class PtxDevice:
         try:
             kernel = self._kernels[function]
             arguments = [ctypes.string_at(parameters[i], sizes[i]) for i in range(count)]
-            launch = Launch(kernel, grid, threads, shared_bytes, None)
+            launch = Launch(kernel, grid, threads, shared_bytes)
             self.launches.append(launch)
             if self.dry:
                 return 0
@@ -142,6 +143,9 @@ class PtxDevice:
                 seed=self._seed,
                 **self.options,
             )
+            traced = self._module.kernel(mangled)
+            executed = traced.load(True)[1]
+            launch.blocks = [(block, executed[i]) for i, block in enumerate(traced.g.bbs) if executed[i]]
             assert launch.result.ok and not launch.result.warnings, f"{kernel}: {launch.result.report()}"
         except Exception as error:  # a callback must not raise
             self._error = self._error or error

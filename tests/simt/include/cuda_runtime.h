@@ -73,7 +73,8 @@ int lane();
 // Runs `body` once per thread of the grid. The runtime's error after a failure is a launch failure.
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
-// A device of someone else's, to which launches, copies and fills go while it is set (exports.cpp). Returns CUDA errors.
+// A device of someone else's, to which launches, copies and fills go while it is set (exports.cpp). Returns CUDA
+// errors.
 struct Device {
   int (*launch)(const void* kernel, unsigned grid, unsigned threads, uint64_t shared_bytes, void* const* parameters,
                 const uint64_t* sizes, int count);

@@ -1,0 +1,117 @@
+// factor_update's last step: C <- decay C + scale S, where S is whole at once or comes in chunks.
+#pragma once
+
+#include "rows.cuh"
+
+namespace kfac_fast {
+
+template <typename T>
+struct FinishArguments {
+  T* partials;         // scratch memory, per block of several chunks: [chunks, lower tiles, side, side]
+  T* factors;          // [numel]
+  const T* decay;      // [b]
+  const T* scale;      // [b]
+  int32_t* nonfinite;  // [b] zeroed before
+};
+
+// decay == 0 starts afresh whatever C held, NaN included (the BLAS convention for beta).
+template <typename T>
+__device__ T decayed(T keep, T before, T added) {
+  return keep == T(0) ? added : keep * before + added;
+}
+
+// What becomes of a CTA's tile of products: one of the chunks of S, or, where there is a single one, part of C on both
+// sides of the diagonal. `visit` calls its argument with (row, column, value) for the elements of the calling thread.
+// They pass through shared memory, [64, kSide + 1] at a time, so that neighbouring threads write neighbouring elements.
+template <int kSide, int kThreads, typename T, typename Visit>
+__device__ void finish_tile(const RowsEntry& rows, const RowsItem& item, const FinishArguments<T>& to, T* staged,
+                            Visit&& visit) {
+  constexpr int kPass = kSide < 64 ? kSide : 64, kStride = kSide + 1;
+  const bool whole = rows.chunks == 1;
+  const T keep = to.decay[rows.index], add = to.scale[rows.index];
+  T* const c = to.factors + rows.factor;
+  T* const partial = to.partials + item.partial;
+  bool bad = false;
+  for (int first = 0; first < kSide; first += kPass) {
+    __syncthreads();  // what the memory held before is done with
+    visit([&](int row, int column, T value) {
+      if (row >= first && row < first + kPass) staged[(row - first) * kStride + column] = value;
+    });
+    __syncthreads();
+    const int row0 = item.ti * kSide + first, column0 = item.tj * kSide;
+#pragma unroll 4
+    for (int e = static_cast<int>(threadIdx.x); e < kPass * kSide; e += kThreads) {
+      const int r = e / kSide, row = row0 + r, column = column0 + e % kSide;
+      if (row >= rows.size || column > row) continue;
+      T& value = staged[r * kStride + e % kSide];
+      if (whole) {
+        T* const at = c + static_cast<int64_t>(row) * rows.size + column;
+        bad = bad || !isfinite(value);
+        *at = value = decayed(keep, *at, add * value);
+      } else {
+        partial[(first + r) * kSide + e % kSide] = value;
+      }
+    }
+    if (!whole) continue;
+    __syncthreads();
+#pragma unroll 4
+    for (int e = static_cast<int>(threadIdx.x); e < kPass * kSide; e += kThreads) {  // the mirror image
+      const int r = e % kPass, row = row0 + r, column = column0 + e / kPass;
+      if (row < rows.size && column < row) {
+        c[static_cast<int64_t>(column) * rows.size + row] = staged[r * kStride + e / kPass];
+      }
+    }
+  }
+  if (__syncthreads_or(bad) && threadIdx.x == 0) atomicOr(to.nonfinite + rows.index, 1);
+}
+
+constexpr int kFinishSide = 32, kFinishThreads = 256;
+
+// C <- decay C + scale (sum of the chunks), both triangles, and whether the sum is finite.
+// One CTA per lower 32x32 piece of a block; its mirror image goes through shared memory to be written in rows.
+// Memory: reads every chunk's piece once, reads half of C and writes all of it.
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads)
+    factor_update_finish_kernel(const RowsEntry* entries, const int32_t* first, int count, FinishArguments<T> to) {
+  const int item = static_cast<int>(blockIdx.x);
+  const int owner = find_owner(first, count, item);
+  const RowsEntry& rows = entries[owner];
+  int pi, pj;
+  lower_pair(item - first[owner], pi, pj);
+  const int row0 = pi * kFinishSide, column0 = pj * kFinishSide;
+  const int tx = static_cast<int>(threadIdx.x) % kFinishSide, ty = static_cast<int>(threadIdx.x) / kFinishSide;
+  const int ti = row0 / rows.side, tj = column0 / rows.side;
+  const int64_t tile_numel = static_cast<int64_t>(rows.side) * rows.side;
+  const int64_t chunk_numel = lower_pairs(rows.tiles) * tile_numel;
+  const T* const tile = to.partials + rows.partial + (lower_pairs(ti) + tj) * tile_numel +
+                        (row0 % rows.side) * rows.side + column0 % rows.side;
+  const T keep = to.decay[rows.index], add = to.scale[rows.index];
+  T* const c = to.factors + rows.factor;
+  T* const mirror = shared_memory<T>();  // [32, 33]
+  constexpr int kRowsPerThread = kFinishSide * kFinishSide / kFinishThreads;
+
+  bool bad = false;
+#pragma unroll
+  for (int s = 0; s < kRowsPerThread; ++s) {
+    const int r = ty + s * (kFinishThreads / kFinishSide);
+    const int row = row0 + r, column = column0 + tx;
+    if (row >= rows.size || column > row) continue;
+    T sum = T(0);
+    for (int chunk = 0; chunk < rows.chunks; ++chunk) sum += tile[chunk * chunk_numel + r * rows.side + tx];
+    bad = bad || !isfinite(sum);
+    T* const at = c + static_cast<int64_t>(row) * rows.size + column;
+    *at = mirror[r * (kFinishSide + 1) + tx] = decayed(keep, *at, add * sum);
+  }
+  const int any_bad = __syncthreads_or(bad);
+  if (any_bad && threadIdx.x == 0) atomicOr(to.nonfinite + rows.index, 1);
+#pragma unroll
+  for (int s = 0; s < kRowsPerThread; ++s) {
+    const int r = ty + s * (kFinishThreads / kFinishSide);
+    const int row = column0 + r, column = row0 + tx;  // of the mirror image
+    if (column < rows.size && row < column) {
+      c[static_cast<int64_t>(row) * rows.size + column] = mirror[tx * (kFinishSide + 1) + r];
+    }
+  }
+}
+
+}  // namespace kfac_fast
