@@ -72,6 +72,7 @@ class KFAC(ResumableOptimizer):
         kl_clip: κ > 0, or None for no clip: a step's lr²⟨V, U⟩, twice its predicted change of the predictive
             distribution, does not exceed it.
         loss_reduction: "mean" or "sum", the scale of your loss; only ``fisher="empirical"`` depends on it.
+        grad_scaler: The ``torch.amp.GradScaler`` in use, if any; only ``fisher="empirical"`` needs to know it.
         outputs: A function from what the model returns to the output tensor, where that is neither a tensor nor has
             ``.logits``.
         maximize: Maximises the objective.
@@ -108,6 +109,7 @@ class KFAC(ResumableOptimizer):
         inverse_every: int = 10,
         kl_clip: float | None = 1e-3,
         loss_reduction: str = "mean",
+        grad_scaler: torch.amp.GradScaler | None = None,
         outputs: Callable[[Any], Tensor] | None = None,
         maximize: bool = False,
         seed: int = 0,
@@ -145,6 +147,7 @@ class KFAC(ResumableOptimizer):
             factor_every=factor_every,
             inverse_every=inverse_every,
             loss_reduction=loss_reduction,
+            grad_scaler=grad_scaler,
             outputs=outputs,
             seed=seed,
             approximation=approximation,

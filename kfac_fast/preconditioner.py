@@ -56,6 +56,7 @@ class Preconditioner:
         inverse_every: Steps between updates of the inverses.
         kl_clip: κ > 0 bounds lr² ⟨∇, U⟩; needs ``lr`` in `step`. None does not clip.
         loss_reduction: "mean" or "sum", how the user's loss is scaled. Only the empirical Fisher depends on it.
+        grad_scaler: The ``torch.amp.GradScaler`` that multiplies the loss. Only the empirical Fisher depends on it.
         outputs: Finds the outputs in what the model returns, where that is not a tensor or has ``.logits``.
         seed: Of the generator that draws targets; the global generators are not used.
         approximation: The structure of the approximate Fisher matrix: "block_diagonal" or "block_tridiagonal".
@@ -80,6 +81,7 @@ class Preconditioner:
         inverse_every: int = 10,
         kl_clip: float | None = None,
         loss_reduction: str = "mean",
+        grad_scaler: torch.amp.GradScaler | None = None,
         outputs: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
         approximation: str = "block_diagonal",
@@ -103,6 +105,10 @@ class Preconditioner:
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         if outputs is not None and not callable(outputs):
             raise TypeError(f"outputs must be a function, got {type(outputs).__name__}")
+        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
+            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
+        self._loss_scale = grad_scaler.get_scale if grad_scaler is not None and fisher == "empirical" else None
+        self._unscale = 1.0  # for rows of the backward pass under way
         self.damping = damping
         self.factor_every = factor_every
         self.inverse_every = inverse_every
@@ -299,6 +305,8 @@ class Preconditioner:
             start += len(part.layers)
 
     def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
+        if self._loss_scale is not None:  # in float32: what was scaled may be too small for half precision
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * self._unscale
         part, own = self._owner[layer]
         part.add_rows(own, inputs, gradient, sent, block)
 
@@ -309,6 +317,8 @@ class Preconditioner:
         # A step that a gradient scaler left out, since gradients overflowed, must not leave its statistics to the next.
         if all(p.grad is None for p in self.covered):
             self.drop()
+        if self._loss_scale is not None:
+            self._unscale = 1 / self._loss_scale()
 
     def drop(self) -> None:
         self.statistics.reset()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, jacrev
 
 from kfac_fast import Preconditioner
 from kfac_fast.layers import Layer

@@ -1,11 +1,9 @@
-"""What code written for any optimizer of torch.optim does with this one; each promise is named in docs/integrations.md."""
+"""What code written for any optimizer of torch.optim does with this one; docs/integrations.md names each promise."""
 
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,53 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small import DOUBLE, backward, equal, mlp, natural_gradient, train
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_fast import KFAC, Adaptive, KFACWarning, Preconditioner
 
-DOUBLE = torch.float64
-
-
-def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-
-
-def backward(model: nn.Module, step: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(16, 6, generator=generator).to(next(model.parameters()).dtype)
-    y = torch.randint(3, (16,), generator=generator)
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    return loss
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[Tensor]:
-    for step in steps:
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def equal(one: list[Tensor], two: list[Tensor]) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
-
-
-def natural_gradient(pre: Preconditioner, layer: int, damping: float, weight: Tensor, bias: Tensor) -> Tensor:
-    """G⁻¹ V A⁻¹ of a linear layer, solved from the running factors."""
-    a, g = pre.factors.running[layer], pre.factors.running[pre.factors.count + layer]
-    pi = math.sqrt(float(a.trace() / len(a)) / float(g.trace() / len(g)))
-    gamma = math.sqrt(damping)
-    v = torch.cat([weight, bias[:, None]], 1)
-    left = torch.linalg.solve(g + gamma / pi * torch.eye(len(g), dtype=g.dtype), v)
-    return torch.linalg.solve(a + pi * gamma * torch.eye(len(a), dtype=a.dtype), left.T).T
-
-
-# ---- parameter groups -----------------------------------------------------------------------------------------------
+# ---- parameter groups ------------------------------------------------------------------------------------------------
 
 
 def test_each_group_has_its_own_lr_damping_weight_decay_and_kl_clip() -> None:
@@ -167,10 +126,10 @@ def test_a_group_joins_an_adaptive_run() -> None:
 
     for _ in range(3):
         optimizer.step(closure)
-    last, damping = optimizer.rule.last.clone(), optimizer.rule.damping
+    last, damping = optimizer.rule.last.data.clone(), optimizer.rule.damping
     optimizer.add_param_group({"params": model[2].parameters()})
-    assert torch.equal(optimizer.rule.last[: len(last)], last)
-    assert not optimizer.rule.last[len(last) :].any()
+    assert torch.equal(optimizer.rule.last.data[: len(last)], last)
+    assert not optimizer.rule.last.data[len(last) :].any()
     assert optimizer.rule.damping == damping
     before = float(backward(model).detach())
     for _ in range(3):
@@ -178,67 +137,7 @@ def test_a_group_joins_an_adaptive_run() -> None:
     assert float(backward(model).detach()) < before
 
 
-# ---- schedulers -----------------------------------------------------------------------------------------------------
-
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.5),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4], gamma=0.5),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, factor=0.5, total_iters=3),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, gamma=0.8),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=5),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=5),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, factor=0.5, total_iters=2), lr_scheduler.ExponentialLR(o, gamma=0.8)]
-    ),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, total_iters=2), lr_scheduler.ExponentialLR(o, gamma=0.8)], milestones=[2]
-    ),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=2),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=8),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
-}  # fmt: skip
-
-
-def test_every_public_scheduler_is_tried() -> None:
-    assert set(SCHEDULERS) == set(lr_scheduler.__all__) - {"LRScheduler"}
-
-
-@pytest.mark.filterwarnings("ignore:The epoch parameter")
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("tensor", [False, True])
-def test_schedulers(name: str, tensor: bool) -> None:
-    """Learning rate and momentum of every step are the scheduler's: the run is SGD's on natural gradients."""
-    runs = []
-    for kfac in (True, False):
-        model = mlp(DOUBLE)
-        lr = torch.tensor(0.05, dtype=DOUBLE) if tensor else 0.05
-        pre = None if kfac else Preconditioner(model, damping=0.1)
-        optimizer: torch.optim.Optimizer = (
-            KFAC(model, lr=lr, damping=0.1, kl_clip=None, nesterov=False)
-            if kfac
-            else torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-        )
-        scheduler = SCHEDULERS[name](optimizer)
-        rates = []
-        for step in range(7):
-            optimizer.zero_grad()
-            backward(model, step)
-            if pre is not None:
-                pre.step()
-            optimizer.step()
-            scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-            rates.append(float(optimizer.param_groups[0]["lr"]))
-        assert len(set(rates)) > 1
-        runs.append((rates, [p.detach() for p in model.parameters()]))
-    assert runs[0][0] == pytest.approx(runs[1][0])
-    assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(runs[0][1], runs[1][1], strict=True))
-
-
-# ---- hooks, gradients, closures -------------------------------------------------------------------------------------
+# ---- hooks, gradients, closures --------------------------------------------------------------------------------------
 
 
 def test_step_hooks() -> None:
@@ -352,83 +251,7 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
     assert optimizer.preconditioner.steps == 0
 
 
-# ---- copies ---------------------------------------------------------------------------------------------------------
-
-
-def through_pickle(pair: Any) -> Any:
-    return pickle.loads(pickle.dumps(pair))
-
-
-def through_torch_save(pair: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(pair, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": through_pickle, "torch.save": through_torch_save}
-
-
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_model_and_optimizer_are_copied_together(how: str, adaptive: bool) -> None:
-    def run(model: nn.Module, optimizer: KFAC, steps: range) -> list[Tensor]:
-        for step in steps:
-
-            def closure(step: int = step) -> Tensor:
-                optimizer.zero_grad()
-                return backward(model, step)
-
-            optimizer.step(closure)
-        return [p.detach().clone() for p in model.parameters()]
-
-    model = mlp()
-    optimizer = KFAC(model, adaptive=adaptive, inverse_every=2, damping=0.1)
-    run(model, optimizer, range(3))
-    twin, other = COPIES[how]((model, optimizer))
-    assert other.preconditioner.model is twin
-    assert all(p is q for p, q in zip(other.param_groups[0]["params"], twin.parameters(), strict=True))
-    before = [p.detach().clone() for p in model.parameters()]
-    after = run(twin, other, range(3, 7))
-    assert equal(before, list(model.parameters()))
-    assert equal(after, run(model, optimizer, range(3, 7)))
-    assert all(len(m._forward_hooks) <= 1 for m in twin.modules())  # those of the first model's optimizer are gone
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_an_optimizer_that_is_copied_alone_has_a_copy_of_the_model(how: str) -> None:
-    model = mlp()
-    optimizer = KFAC(model)
-    train(model, optimizer, range(2))
-    other = COPIES[how](optimizer)
-    twin = other.preconditioner.model
-    assert twin is not model
-    assert equal(train(twin, other, range(2, 5)), train(model, optimizer, range(2, 5)))
-
-
-def test_a_copy_of_the_model_alone_is_free_of_hooks() -> None:
-    """As moving averages of weights (EMA, SWA) make it."""
-    model = mlp()
-    optimizer = KFAC(model)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    train(model, optimizer, range(2))
-    average.update_parameters(model)
-    updates = optimizer.preconditioner.factors.updates.clone()
-    optimizer.zero_grad()
-    F.cross_entropy(average(torch.randn(4, 6)), torch.arange(4) % 3).backward()
-    optimizer.step()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in average.modules())
-    assert torch.equal(optimizer.preconditioner.factors.updates, updates)
-
-
-def test_a_closed_preconditioner_stays_closed_in_a_copy() -> None:
-    model = mlp()
-    pre = Preconditioner(model)
-    pre.close()
-    assert copy.deepcopy(pre).capture.closed
-
-
-# ---- compilation and speed ------------------------------------------------------------------------------------------
+# ---- compilation and speed -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own, while it traces
@@ -469,7 +292,7 @@ def test_a_step_makes_as_many_calls_for_thirty_layers_as_for_three() -> None:
     assert counts[0] == counts[1]
 
 
-# ---- beside other optimizers ----------------------------------------------------------------------------------------
+# ---- beside other optimizers -----------------------------------------------------------------------------------------
 
 OTHERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
@@ -502,7 +325,7 @@ def test_a_preconditioner_feeds_another_optimizer(name: str) -> None:
         assert torch.allclose(p, q, atol=1e-6 if name == "Muon" else 1e-11)  # Muon computes in bfloat16
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 def test_stats_are_plain_numbers_that_count() -> None:
