@@ -15,10 +15,11 @@ How one forward and backward pass is seen (fisher = "mc" or "exact"):
 With fisher = "empirical" the gradients of the user's own pass are taken, by hooks on the modules' outputs.
 
 *A pass of its own.* Where the user's passes do not show what is needed, only the model's inputs are noted in forward.
-The model is run again when the user's backward pass has ended and its activations are free, with buffers and random
-generators restored, under the same autocast, and with fused modules computed in parts (`Layer.forward_in_parts`). That
-is so with a fraction below 1 (sec. 8 of the paper uses 1/8; statistics then cost that much of a pass instead of a whole
-one) and for layers that need it. "empirical" then sends on the user's gradient of the outputs.
+The model is run again when the user's backward pass has ended and its activations are free, eagerly, with buffers and
+random generators restored, under the same autocast, and with fused modules computed in parts
+(`Layer.forward_in_parts`). That is so with a fraction below 1 (sec. 8 of the paper uses 1/8; statistics then cost that
+much of a pass instead of a whole one), for layers that need it, and where layers have a gradient but were never seen,
+as in a compiled model. "empirical" then sends on the user's gradient of the outputs.
 """
 
 from __future__ import annotations
@@ -33,24 +34,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 from .chain import Trace
-from .hooks import Hook
+from .hooks import EagerHook, Hook
 from .layers import Inputs, Layer
 from .likelihoods import Likelihood
+from .models import Original, has_compiled_parts
 from .ops.native import read_if_free
-from .passes import ModelInputs, autocast_now, unnoticed
-from .tape import Batch, Call, Sender, Sink, Tape
+from .own_pass import OwnPass
+from .passes import ModelInputs, Surroundings, unnoticed
+from .recorder import Recorder
+from .sender import Sender
+from .tape import Batch, Sink, Tape
 
 FISHERS = ("mc", "exact", "empirical")
-
-
-class _Here(threading.local):
-    """What this thread is doing with one model."""
-
-    tape: Tape | None = None  # of the forward pass that is running
-    paused = False
 
 
 class _Extra(threading.local):
@@ -66,7 +64,8 @@ class Capture:
     """Registers the hooks and turns what they see into rows for a `Sink`.
 
     Args:
-        model: The module whose outputs the loss is computed from.
+        original: The model, as it is when the hooks are set: the module whose outputs the loss is computed from.
+        called: What the user calls: the model, or what ``torch.compile`` made of it.
         layers: Supported layers of the model.
         likelihood: What the outputs mean.
         fisher: "mc", "exact" or "empirical".
@@ -79,7 +78,8 @@ class Capture:
 
     def __init__(
         self,
-        model: nn.Module,
+        original: Original,
+        called: nn.Module,
         layers: list[Layer],
         likelihood: Likelihood,
         fisher: str,
@@ -88,18 +88,22 @@ class Capture:
         outputs: Callable[[Any], Tensor] | None,
         generators: Callable[[torch.device], torch.Generator],
     ) -> None:
+        model = original.model
         self._model = model
-        self._layers = layers
+        self._original = original
+        self._weights = [layer.weight for layer in layers]
         self.likelihood = likelihood
         self._fisher = fisher
-        self._fraction = fraction
-        self._own_pass = fraction < 1 or any(layer.needs_own_pass for layer in layers)
-        self.own_passes = 0  # chooses the next part of a batch
         self._sink = sink
         self._sender = Sender(likelihood, fisher, sink, generators)
         self.find_outputs = outputs or _find_outputs
-        self._device_types = tuple(sorted({p.device.type for p in model.parameters()}))
-        self._here = _Here()
+        self._recorder = Recorder(layers, self._from_user)
+        self.own_pass = OwnPass(model, layers, fraction, self.find_outputs, self._recorder, self._sender)
+        self._runs_again = fraction < 1 or any(layer.needs_own_pass for layer in layers)
+        # Layers that neither the user's own passes have shown nor a pass of its own has failed to show.
+        self._unknown = set(range(len(layers)))
+        self._looked_for_compiled_parts = False
+        self._devices = frozenset(p.device for p in model.parameters())
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._unfinished: dict[Tape, int] = {}  # backward pass under way or failed; the thread it is or was on
         self._checked_gradient = False
@@ -107,16 +111,15 @@ class Capture:
         # Since `forget`.
         self.keep_batches = False
         self.batches: list[Batch] = []
-        self._handles = [
-            model.register_forward_pre_hook(Hook(self, Capture._before_model), with_kwargs=True),
-            *(
-                module.register_forward_hook(Hook(self, Capture._after_layer, index), with_kwargs=True)
-                for index, layer in enumerate(layers)
-                if layer.forward_in_parts(_note_nothing) is None
-                for module in layer.modules
-            ),
-            model.register_forward_hook(Hook(self, Capture._after_model), always_call=True),
-        ]
+        self._handles = []
+        for module in dict.fromkeys((called, model)):
+            # A compiled model whose wrapper has the hooks must not be cut by hooks inside.
+            hook = EagerHook if module is called else Hook
+            self._handles += [
+                module.register_forward_pre_hook(hook(self, Capture._before_model), with_kwargs=True),
+                module.register_forward_hook(hook(self, Capture._after_model), always_call=True),
+            ]
+        self._handles += self._recorder.register()
 
     def close(self) -> None:
         """Removes every hook; forward passes already made are no longer looked at."""
@@ -134,22 +137,28 @@ class Capture:
         for tape in list(self._tapes):
             tape.close()
         self._drop_unfinished()
-        self._here.tape = None
+        self._recorder.here.tape = None
         self.batches = []
+
+    def look_again(self) -> None:
+        """Looks for compiled parts of the model, whose graphs show nothing and may refuse an extra backward pass."""
+        self._looked_for_compiled_parts = True
+        self._runs_again = self._runs_again or has_compiled_parts(self._model)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, forward passes of the model in this thread are not looked at."""
-        before, self._here.paused = self._here.paused, True
+        here = self._recorder.here
+        before, here.paused = here.paused, True
         try:
             yield
         finally:
-            self._here.paused = before
+            here.paused = before
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
     def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        here = self._here
+        here = self._recorder.here
         if _extra.running or here.paused:
             return
         here.tape = None
@@ -157,46 +166,43 @@ class Capture:
         if self._unfinished and torch._C._current_graph_task_id() == -1:
             self._drop_unfinished(threading.get_ident())
         wanted = self._sink.wants_statistics()
-        if torch.is_grad_enabled() and (wanted or self.keep_batches):
-            inputs = ModelInputs(args, kwargs, 0, autocast_now(self._device_types))
-            if self.on_trace is not None:
-                self.on_trace(self._trace(inputs))
-                self.on_trace = None
-            here.tape = Tape(inputs, wanted, notes=wanted and not self._own_pass)
+        if not torch.is_grad_enabled() or not (wanted or self.keep_batches) or not self._is_the_model_itself():
+            return
+        listens = self._fisher == "empirical" and not self._runs_again
+        may_run_again = self._runs_again or bool(self._unknown)
+        # Only to repeat the user's own pass must the random numbers be the same.
+        around = Surroundings.now(self._devices, generators=self._fisher == "empirical" and may_run_again)
+        inputs = ModelInputs(args, kwargs, 0, around)
+        if may_run_again:
+            inputs = inputs.versioned()
+        if self.on_trace is not None:
+            with _extra_pass():
+                self.on_trace(self.own_pass.trace(inputs))
+            self.on_trace = None
+        here.tape = Tape(inputs, wanted, notes=wanted and not self._runs_again, listens=listens)
 
-    def _after_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tape = self._here.tape
-        if tape is None or not tape.notes or not isinstance(output, Tensor):
-            return
-        node = output.grad_fn
-        if node is None:
-            return
-        if tape.trace is not None:
-            tape.trace.note(index, next(iter((*args, *kwargs.values()))), output)
-            return
-        inputs = self._layers[index].inputs(args, kwargs)
-        tape.calls.append(Call(index, inputs, GradientEdge(node, output.output_nr)))
-        if self._fisher == "empirical" and not self._own_pass:
-            tape.user.layers.append(index)
-            output.register_hook(partial(self._from_user, tape, index, inputs))
+    def _is_the_model_itself(self) -> bool:
+        """Whether its own parameters are in place and no functorch transform is under way.
 
-    def _note(self, index: int, block: int, inputs: Tensor, output: Tensor) -> None:
-        """`layers.Note` of a layer, for the pass that is running."""
-        tape = self._here.tape
-        if tape is not None and output.requires_grad:
-            tape.calls.append(Call(index, (inputs.detach(),), get_gradient_edge(output), block))
+        ``torch.func.functional_call`` puts others there, whose statistics are not the model's.
+        """
+        return torch._C._functorch.peek_interpreter_stack() is None and self._original.in_place()
 
     def _after_model(self, args: Any, result: Any) -> None:
-        here = self._here
+        here = self._recorder.here
         if _extra.running or here.paused:
-            return  # `_run_again` opened the tape and closes it
+            return
         tape, here.tape = here.tape, None
-        if tape is None or result is None or (tape.notes and not tape.calls and not self.keep_batches):
+        if tape is None or result is None:
             return
         outputs = self.find_outputs(result)
         self.likelihood.check(outputs)
         if not outputs.requires_grad:
             return
+        if tape.notes and not self._looked_for_compiled_parts:
+            self.look_again()
+            if self._runs_again:
+                tape.notes, tape.calls = False, []
         self._tapes.add(tape)
         tape.inputs = dataclasses.replace(tape.inputs, size=len(outputs))
         tape.user.examples = len(outputs)
@@ -204,21 +210,10 @@ class Capture:
         number, values = outputs.output_nr, outputs.detach()
         outputs.register_hook(lambda gradient: self._at_outputs(tape, number, values, gradient))
 
-    def _trace(self, inputs: ModelInputs) -> Trace:
-        """Runs the model once more, unnoticed, to see how its layers feed each other."""
-        trace = Trace()
-        with _extra_pass(), unnoticed(self._model), torch.enable_grad():
-            self._here.tape = Tape(inputs, statistics=False, notes=True, trace=trace)
-            try:
-                trace.outputs = self.find_outputs(inputs.run(self._model, trace.inputs)).grad_fn
-            finally:
-                self._here.tape = None
-        return trace
-
     # ---- backward ---------------------------------------------------------------------------------------------------
 
     def _from_user(self, tape: Tape, layer: int, inputs: Inputs, gradient: Tensor) -> None:
-        if _extra.running or tape.closed:
+        if _extra.running or tape.closed or not tape.notes:
             return
         if torch.is_grad_enabled():
             raise RuntimeError(_CREATE_GRAPH)
@@ -248,13 +243,14 @@ class Capture:
         if not tape.statistics:
             return
         self._begin(tape)
-        if not self._own_pass and self._fisher != "empirical":
-            source = GradientEdge(torch._C._current_autograd_node(), number)
-            with _extra_pass():
+        node = torch._C._current_autograd_node()
+        if tape.notes and not tape.listens:
+            source = GradientEdge(node, number)
+            recomputed = unnoticed(self._model) if tape.recomputes else contextlib.nullcontext()
+            with _extra_pass(), recomputed:
                 self._sender.send(tape, source, outputs, gradient, counted)
-        elif tape.calls:
-            tape.calls = []
-        torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, tape, gradient, counted))
+        self._recorder.recomputing = tape if tape.hidden else None
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, tape, node, gradient, counted))
 
     def _keep(self, batch: Batch) -> None:
         for i, other in enumerate(self.batches):
@@ -268,61 +264,38 @@ class Capture:
             self._sink.begin()
         self._unfinished[tape] = threading.get_ident()
 
-    def _finish(self, tape: Tape, gradient: Tensor, counted: Tensor) -> None:
+    def _finish(self, tape: Tape, node: Node, gradient: Tensor, counted: Tensor) -> None:
         """The backward pass of a tape has ended."""
+        self._recorder.recomputing = None
         if tape not in self._unfinished:
             return
-        if self._own_pass:
-            counted = self._run_again(tape.inputs, gradient, counted)
+        if not tape.notes:
+            with _extra_pass():
+                counted, _ = self.own_pass.run(tape.inputs, gradient, counted)
+        elif self._unknown:
+            self._unknown -= tape.shown
+            self._fill_in(tape, gradient, counted)
         # Not finite where the loss is not, so that what finite outputs gave is not committed either.
         self._sink.add_terms(counted.sum() + 0 * gradient.sum(dtype=torch.float64))
+        if _is_released(node, tape.recomputes):
+            tape.close()
         del self._unfinished[tape]
 
-    def _run_again(self, inputs: ModelInputs, gradient: Tensor, counted: Tensor) -> Tensor:
-        """A pass of its own on the batch or a part of it; which loss terms of that count."""
-        chosen = slice(None)
-        if self._fraction < 1:
-            if not inputs.divisible:
-                raise ValueError(
-                    f"factor_fraction={self._fraction:g} needs a model input whose first dimension is the batch, like "
-                    f"the outputs' ({inputs.size}); pass factor_fraction=1"
-                )
-            inputs, chosen = inputs.part(self._fraction, self.own_passes)
-        self.own_passes += 1
-        gradient, counted = gradient[chosen], counted[chosen]
-        tape = Tape(inputs, statistics=True, notes=True)
-        with _extra_pass(), unnoticed(self._model), torch.enable_grad(), self._in_parts():
-            self._here.tape = tape
-            try:
-                outputs = self.find_outputs(inputs.run(self._model))
-            finally:
-                self._here.tape = None
-            tape.cut_own_edges(outputs)
-            self._sender.send(tape, outputs, outputs.detach(), gradient, counted)
-        return counted
-
-    @contextlib.contextmanager
-    def _in_parts(self) -> Iterator[None]:
-        """Inside, fused modules compute in parts that are noted."""
-        replaced: list[tuple[nn.Module, Any]] = []
-        try:
-            for index, layer in enumerate(self._layers):
-                forward = layer.forward_in_parts(partial(self._note, index))
-                if forward is not None:
-                    replaced.append((layer.module, layer.module.__dict__.get("forward")))
-                    layer.module.__dict__["forward"] = forward
-            yield
-        finally:
-            for module, before in replaced:
-                if before is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = before
+    def _fill_in(self, tape: Tape, gradient: Tensor, counted: Tensor) -> None:
+        """Takes statistics of layers that have a gradient but were not seen, once, to find out whether that helps."""
+        unseen = {i for i in self._unknown if self._weights[i].grad is not None}
+        if not unseen:
+            return
+        with _extra_pass():
+            _, shown = self.own_pass.run(tape.inputs, gradient, counted, only=unseen)
+        self._unknown -= unseen
+        self._runs_again = self._runs_again or bool(unseen & shown)
 
     def _drop_unfinished(self, thread: int | None = None) -> None:
         """After a backward pass that raised (on this thread, if one is named), drops all that waits for the step."""
         if self._unfinished and (thread is None or thread in self._unfinished.values()):
             self._unfinished.clear()
+            self._recorder.recomputing = None
             self._sink.drop()
 
     def _check_gradient(self, outputs: Tensor, gradient: Tensor) -> None:
@@ -349,8 +322,31 @@ def _extra_pass() -> Iterator[None]:
         _extra.running = before
 
 
-def _note_nothing(block: int, inputs: Tensor, output: Tensor) -> None:
-    """A `layers.Note` to ask with whether a layer has parts."""
+def _is_released(node: Node, recomputes: bool) -> bool:
+    """Whether the graph above a node has been freed, so that no other backward pass can come.
+
+    Args:
+        node: The last one of the forward pass.
+        recomputes: Whether looking at a saved tensor may run parts of the model; then this is not tried.
+    """
+    if recomputes:
+        return True
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        for name in dir(node):
+            if not name.startswith("_raw_saved_"):
+                continue
+            try:
+                saved = getattr(node, "saved_tensors" if name == "_raw_saved_tensors" else name.removeprefix("_raw"))
+            except RuntimeError:
+                return True
+            if saved is not None:
+                return False
+        below = [n for n, _ in node.next_functions if n is not None and n not in seen]
+        waiting += below
+        seen.update(below)
+    return True
 
 
 _SECOND_BACKWARD = "fisher='empirical' takes one backward pass per forward pass of the model: add up the losses first"

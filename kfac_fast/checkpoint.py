@@ -100,7 +100,7 @@ def run_state(preconditioner: Saved) -> dict[str, Any]:
         **({"order": order} if order else {}),  # sharded checkpoints lose empty dicts
         "step": preconditioner.steps,
         "inversions": preconditioner.inversions,
-        "own_passes": preconditioner.capture.own_passes,
+        "own_passes": preconditioner.capture.own_pass.count,
         "refused": preconditioner.refused.clone(),
         "approximation": {preconditioner.approximation.name: True},
         "sampler": {device.type: preconditioner.generator(device).get_state()},
@@ -132,7 +132,7 @@ def load_run_state(preconditioner: Saved, state: Mapping[str, Any]) -> None:
     """Restores the counters. The sampler starts anew on another kind of device, whose generators differ."""
     preconditioner.steps = int(state["step"])
     preconditioner.inversions = int(state["inversions"])
-    preconditioner.capture.own_passes = int(state["own_passes"])
+    preconditioner.capture.own_pass.count = int(state["own_passes"])
     preconditioner.refused.copy_(state["refused"])
     device = preconditioner.refused.device
     if device.type in state["sampler"]:

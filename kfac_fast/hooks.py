@@ -1,4 +1,4 @@
-"""`Hook`: a module hook that dies with what it belongs to, and that copies of the module do not carry on."""
+"""Module hooks that die with what they belong to, that copies of the module do not carry on, and that compile well."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 
 class Hook:
     """Calls ``handler(owner, *first, …)`` as long as its owner lives; afterwards it removes itself.
 
     A deepcopied or unpickled model (EMA, SWA) has modules that are not the optimizer's; the copy of the hook removes
-    itself when it is first called.
+    itself when it is first called. Inside a compiled graph the hook is traced to nothing: the graph stays whole, and
+    the hook sees nothing.
     """
 
     __slots__ = ("_first", "_handler", "_owner")
@@ -25,6 +28,8 @@ class Hook:
         self._first = first
 
     def __call__(self, module: nn.Module, *arguments: Any) -> None:
+        if is_dynamo_compiling():
+            return
         owner = None if self._owner is None else self._owner()
         if owner is None:
             self._remove_from(module)
@@ -40,7 +45,18 @@ class Hook:
                 module._forward_hooks_always_called.pop(key, None)
 
     def __deepcopy__(self, memo: Any) -> Hook:
-        return Hook()
+        return type(self)()
 
     def __reduce__(self) -> Any:
-        return Hook, ()
+        return type(self), ()
+
+
+class EagerHook(Hook):
+    """A hook that is called by a compiled module too: the graph is cut before and after it, if it is not the first."""
+
+    __slots__ = ()
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if "__call__" not in vars(EagerHook):  # not earlier: it imports the compiler
+            setattr(EagerHook, "__call__", torch.compiler.disable(Hook.__call__))  # noqa: B010

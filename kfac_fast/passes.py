@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +15,41 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-# Device type, whether autocast was on there, and its dtype.
-Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 
+@dataclass(frozen=True)
+class Surroundings:
+    """The state of torch around a call of the model that decides what the model computes.
 
-def autocast_now(device_types: tuple[str, ...]) -> Autocast:
-    """The state of autocast, for `ModelInputs`."""
-    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types)
+    Attributes:
+        autocast: Device type, whether autocast was on there, and its dtype.
+        generators: State of the generator of every device; None: the call need not draw the same numbers again.
+    """
+
+    autocast: tuple[tuple[str, bool, torch.dtype], ...] = ()
+    generators: dict[torch.device, Tensor] | None = None
+
+    @classmethod
+    def now(cls, devices: frozenset[torch.device], *, generators: bool) -> Surroundings:
+        """Those of this thread, for a model on these devices."""
+        kinds = sorted({device.type for device in devices})
+        autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+        if not generators:
+            return cls(autocast)
+        states = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+        return cls(autocast, {torch.device("cpu"): torch.get_rng_state(), **states})
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, autocast is as it was, and the generators too if they were kept; they are not put back after."""
+        for device, state in (self.generators or {}).items():
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(state, device)
+            else:
+                torch.set_rng_state(state)
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype, enabled))
+            yield
 
 
 @dataclass(frozen=True)
@@ -30,13 +60,28 @@ class ModelInputs:
         args: Positional arguments.
         kwargs: Keyword arguments.
         size: Number of examples, the first dimension of the outputs.
-        autocast: The state of autocast around the call.
+        surroundings: Of the call.
+        versions: Of all tensors at the time of the call, or None: not kept.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     size: int
-    autocast: Autocast = ()
+    surroundings: Surroundings = Surroundings()
+    versions: tuple[int, ...] | None = None
+
+    def versioned(self) -> ModelInputs:
+        """With `versions` as they are now."""
+        return dataclasses.replace(self, versions=self._versions())
+
+    @property
+    def changed(self) -> bool:
+        """Whether a tensor was changed in place after the call; needs `versions`."""
+        return self.versions is not None and self.versions != self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        leaves = tree_leaves((self.args, self.kwargs))
+        return tuple(x._version for x in leaves if isinstance(x, Tensor) and not x.is_inference())
 
     @property
     def divisible(self) -> bool:
@@ -57,10 +102,11 @@ class ModelInputs:
             return leaf[chosen] if self._is_batched(leaf) else leaf
 
         args, kwargs = tree_map(take, (self.args, self.kwargs))
-        return dataclasses.replace(self, args=args, kwargs=kwargs, size=len(range(self.size)[chosen])), chosen
+        size = len(range(self.size)[chosen])
+        return dataclasses.replace(self, args=args, kwargs=kwargs, size=size, versions=None), chosen
 
     def run(self, model: nn.Module, leaves: list[Tensor] | None = None) -> Any:
-        """Calls the model, under the autocast of the first call and cut off from the graph of the arguments.
+        """Calls the model again, in the same surroundings and cut off from the graph of the arguments.
 
         Args:
             model: The same model.
@@ -74,9 +120,7 @@ class ModelInputs:
             return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
         args, kwargs = tree_map(cut, (self.args, self.kwargs))
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype, enabled))
+        with self.surroundings.again():
             return model(*args, **kwargs)
 
     def _is_batched(self, leaf: Any) -> bool:
@@ -85,20 +129,33 @@ class ModelInputs:
 
 @contextlib.contextmanager
 def unnoticed(model: nn.Module) -> Iterator[None]:
-    """Restores the model's buffers (running statistics) and the random generators on leaving."""
+    """Inside, the model runs eagerly; on leaving, its buffers and the random generators are as before.
+
+    The generators are those of torch, of Python and, where it is in use, of NumPy.
+    """
     # Copies stand in for the buffers. Writing the old values back instead would count as a change of tensors that a
     # backward pass under way has saved.
     originals = [
         (m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items() if buffer is not None
     ]
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
     for module, name, buffer in originals:
         module._buffers[name] = buffer.clone()
     try:
-        with torch.random.fork_rng(devices=cuda_devices(model)):
+        with torch.random.fork_rng(devices=cuda_devices(model)), _eagerly():
             yield
     finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
         for module, name, buffer in originals:
             module._buffers[name] = buffer
+
+
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    # A program that has compiled nothing has not imported the compiler, and needs no import of it here.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

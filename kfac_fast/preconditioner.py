@@ -23,6 +23,7 @@ from .factors import Factors
 from .inverses import KFACWarning
 from .layers import Blocks, Inputs, KroneckerLayer, discover
 from .likelihoods import Likelihood, as_likelihood
+from .models import Original, unwrap
 from .report import Report, Row
 from .statistics import Statistics
 from .tape import Pass
@@ -115,11 +116,13 @@ class Preconditioner:
         self.kl_clip = kl_clip
         self.steps = 0
         self.inversions = 0
-        self.model = _inner(model)
+        self.model, called = unwrap(model)
         self._found, self.layers = discover(self.model, parameters, blocks or Blocks())
         self.generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
-        self._warned_about: set[int] = set()
+        self._warned_about: set[int | str] = set()
+        self.original = Original(self.model, self.layers, parameters or ())
+        self._weights = [layer.weight for layer in self.layers]
         example = self.layers[0].weight if self.layers else torch.zeros(())
         dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
         factored = [layer for layer in self.layers if isinstance(layer, KroneckerLayer)]
@@ -145,7 +148,15 @@ class Preconditioner:
         self._places = [{name: place[id(p)] for name, p in layer.parameters.items()} for layer in self.layers]
         self._result_matrices = self._matrices(self.results)
         self.capture = Capture(
-            self.model, self.layers, as_likelihood(likelihood), fisher, factor_fraction, self, outputs, self.generator
+            self.original,
+            called,
+            self.layers,
+            as_likelihood(likelihood),
+            fisher,
+            factor_fraction,
+            self,
+            outputs,
+            self.generator,
         )
         if any(part.needs_trace for part in self.parts):
             self.capture.on_trace = self._take_trace
@@ -187,6 +198,7 @@ class Preconditioner:
         if self.steps % self.inverse_every == 0 or self.inversions < ALWAYS_INVERT_FIRST:
             per_layer = [damping] * len(self.layers) if isinstance(damping, (int, float)) else damping
             self.update_inverses([math.sqrt(x) for x in per_layer])
+            self._warn_about_changes()
         self.steps += 1
         return self.precondition([p.grad for p in self.covered])
 
@@ -364,33 +376,30 @@ class Preconditioner:
         return part.seen(own)
 
     def _warn_about_unseen_layers(self) -> None:
-        for i, layer in enumerate(self.layers):
-            if self.capture.closed or i in self._warned_about or layer.weight.grad is None or self._seen(i):
+        for i, (layer, weight) in enumerate(zip(self.layers, self._weights, strict=True)):
+            if weight.grad is None or i in self._warned_about or self.capture.closed or self._seen(i):
                 continue
             self._warned_about.add(i)
             warnings.warn(
                 f"layer {layer.name} has a gradient but no curvature statistics; it takes the plain gradient until it "
-                "has some. Causes: the model's forward() was not called (only parts of it), reentrant activation "
-                "checkpointing (pass use_reentrant=False), or torch.compile before the optimizer was made",
+                "has some. Causes: the model itself was not called (only parts of it, or a functorch transform or "
+                "functional_call of it), its weight is used without its module, or it was compiled and run before the "
+                "optimizer was made (then make the optimizer from the compiled model)",
                 KFACWarning,
                 stacklevel=3,
             )
 
-
-def _inner(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.DataParallel):
-        raise ValueError("model must not be a DataParallel: its replicas carry no hooks; use its .module on one device")
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return model
-    if torch.distributed.get_world_size(model.process_group) > 1:
-        raise ValueError(
-            "model must not be a DistributedDataParallel over several ranks yet: each would keep factors of its own, "
-            "and the copies of the model would drift apart"
-        )
-    # Hooks go on the inner module: an extra backward pass started from the wrapper corrupts static graphs.
-    return model.module
+    def _warn_about_changes(self) -> None:
+        for name, change in self.original.changes().items():
+            if name not in self._warned_about:
+                self._warned_about.add(name)
+                warnings.warn(
+                    f"module {name!r}: {change} when the optimizer was made. It is not preconditioned, and not trained "
+                    "unless it is in the optimizer: make a new one, or add the parameters with add_param_group",
+                    KFACWarning,
+                    stacklevel=3,
+                )
+        self.capture.look_again()
 
 
 def _restored(

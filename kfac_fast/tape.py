@@ -1,18 +1,15 @@
-"""What a forward pass of the model leaves behind, and the extra pass that sends gradients to it from the outputs."""
+"""What a forward pass of the model leaves behind, and what receives the statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .chain import Trace
 from .layers import Inputs
-from .likelihoods import Likelihood
 from .passes import ModelInputs
 
 
@@ -78,9 +75,13 @@ class Tape:
         inputs: What the model was called with.
         statistics: Whether statistics are taken from this pass.
         notes: Whether calls are noted.
-        calls: In the order in which the layers ran.
+        listens: Whether gradients are taken from the user's own backward pass (the empirical Fisher).
+        calls: In the order in which the layers ran; empty where it listens.
+        elements: Of all outputs in ``calls``.
+        hidden: Calls of every layer without a graph: frozen in passing, or inside a reentrant checkpoint.
+        recomputes: Whether a backward pass may run parts of the model again (non-reentrant checkpoints).
+        user: The user's own backward pass, where it listens.
         sent: How many gradients were sent to the calls so far.
-        user: The user's own backward pass, for the empirical Fisher.
         counted: Loss terms that backward passes so far have counted; None before the first.
         closed: Later backward passes are not looked at.
         trace: Notes where inputs and outputs come from; calls are then not noted.
@@ -89,12 +90,21 @@ class Tape:
     inputs: ModelInputs
     statistics: bool
     notes: bool
+    listens: bool = False
     calls: list[Call] = field(default_factory=list)
-    sent: int = 0
+    elements: int = 0
+    hidden: dict[int, int] = field(default_factory=dict)
+    recomputes: bool = False
     user: Pass = field(default_factory=lambda: Pass([]))
+    sent: int = 0
     counted: Tensor | None = None
     closed: bool = False
     trace: Trace | None = None
+
+    @property
+    def shown(self) -> set[int]:
+        """Layers whose calls were noted."""
+        return {call.layer for call in self.calls} | set(self.user.layers)
 
     def close(self) -> None:
         """Forgets the calls."""
@@ -106,9 +116,27 @@ class Tape:
 
         A hook must not hold the edge of the tensor it is on: that cycle runs through C++ and is never collected.
         """
+        kept = []
         for call in self.calls:
             if call.edge is not None and call.edge.node is outputs.grad_fn:
+                if call.edge.output_nr != outputs.output_nr:
+                    continue  # another result of the last operation, which the outputs do not depend on
                 call.edge = None
+            kept.append(call)
+        self.calls = kept
+
+    def take_hidden(self, layer: int, output: Any) -> bool:
+        """Whether this is a call without a graph that is made again, with one, by the user's backward pass.
+
+        Raises:
+            RuntimeError: It is, and no extra pass can reach it.
+        """
+        if not self.hidden.get(layer) or not isinstance(output, Tensor) or output.grad_fn is None:
+            return False
+        if not self.listens:
+            raise RuntimeError(REENTRANT)
+        self.hidden[layer] -= 1
+        return True
 
 
 @dataclass(frozen=True)
@@ -132,74 +160,7 @@ class Batch:
         return Batch(self.inputs, self.counted | other.counted, self.outputs, self.gradient + other.gradient)
 
 
-class Sender:
-    """Sends output gradients whose second moment is the Fisher of the outputs to the calls of a tape.
-
-    Args:
-        likelihood: What the outputs mean.
-        fisher: "mc", "exact" or "empirical".
-        sink: Receives the rows.
-        generators: Called with a device, gives the generator for sampled targets.
-    """
-
-    def __init__(
-        self,
-        likelihood: Likelihood,
-        fisher: str,
-        sink: Sink,
-        generators: Callable[[torch.device], torch.Generator],
-    ) -> None:
-        self._likelihood = likelihood
-        self._fisher = fisher
-        self._sink = sink
-        self._generators = generators
-
-    def send(
-        self, tape: Tape, source: Tensor | GradientEdge, outputs: Tensor, gradient: Tensor, counted: Tensor
-    ) -> None:
-        """The extra pass: from the outputs to the output edge of every call.
-
-        Args:
-            tape: Where to.
-            source: The outputs, or their edge, in the graph of the tape's calls.
-            outputs: Their values.
-            gradient: The user's, of the outputs; used by "empirical" alone.
-            counted: Which loss terms count.
-        """
-        calls = tape.calls
-        layers = [call.layer for call in calls]
-        edges = [call.edge for call in calls if call.edge is not None]
-        mask = self._likelihood.spread(counted)
-        for root in self._roots(outputs, gradient):
-            root = torch.where(mask, root, torch.zeros_like(root))
-            found = iter(
-                torch.autograd.grad(source, edges, root, retain_graph=True, allow_unused=True) if edges else ()
-            )
-            sent = Pass(layers, len(outputs), first=tape.sent == 0)
-            tape.sent += 1
-            for call in calls:
-                arrived = root if call.edge is None else next(found)
-                if arrived is not None:  # None: the outputs do not depend on this call
-                    self._sink.add_rows(call.layer, call.inputs, arrived, sent, call.block)
-
-    def _roots(self, outputs: Tensor, gradient: Tensor) -> Iterator[Tensor]:
-        """Output gradients whose outer products sum (exact) or average (mc) to the Fisher of the outputs."""
-        if self._fisher == "empirical":
-            yield gradient
-            return
-        if self._fisher == "mc":
-            yield self._likelihood.sample_gradient(outputs, self._generators(outputs.device))
-            return
-        # Positions of one example (pixels, tokens) may share rows below, where their gradients must not mix: one at a
-        # time. Examples do not mix.
-        shape = self._likelihood.terms_shape(outputs)
-        positions = torch.Size(shape[1:]).numel()
-        for v in self._likelihood.fisher_root(outputs):
-            for position in range(positions):
-                if positions == 1:
-                    yield v
-                    continue
-                only = torch.zeros(positions, dtype=torch.bool, device=v.device)
-                only[position] = True
-                only = only.view(shape[1:]).expand(shape)
-                yield torch.where(self._likelihood.spread(only), v, torch.zeros_like(v))
+REENTRANT = (
+    "reentrant activation checkpointing runs layers where no extra backward pass can reach them: pass "
+    "use_reentrant=False to torch.utils.checkpoint, or take fisher='empirical'"
+)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kfac_fast import KFAC, Categorical, Gaussian, KFACWarning, Likelihood, Preconditioner
+from kfac_fast import KFAC, Categorical, Gaussian, Likelihood, Preconditioner
 
 DOUBLE = torch.float64
 
@@ -110,12 +110,12 @@ def test_non_reentrant_checkpointing() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_reentrant_checkpointing_is_reported() -> None:
+def test_reentrant_checkpointing_is_refused() -> None:
     model = Net(nn.Tanh(), checkpointed="reentrant")
     pre = exact(model)
-    model(torch.randn(5, 3, requires_grad=True)).square().sum().backward()
-    with pytest.warns(KFACWarning, match="use_reentrant=False"):
-        pre.step()
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(torch.randn(5, 3, requires_grad=True)).square().sum().backward()
+    pre.close()
 
 
 def test_forward_without_backward_does_not_count() -> None:

@@ -16,6 +16,7 @@ from kfac_fast.factors import Factors
 from kfac_fast.layers import KroneckerBlock, KroneckerLayer, Note
 from kfac_fast.layers.linear import LinearLayer
 from kfac_fast.likelihoods import Gaussian
+from kfac_fast.models import Original
 from kfac_fast.ops import Gradient
 from kfac_fast.statistics import Statistics
 from kfac_fast.tape import Pass
@@ -82,7 +83,9 @@ class Recorder:
         self.statistics = Statistics([self.factors])
         self.add_terms, self.drop = self.statistics.add_terms, self.statistics.reset
         generators = {torch.device("cpu"): torch.Generator().manual_seed(0)}
-        self.capture = Capture(model, layers, Gaussian(), fisher, fraction, self, None, generators.__getitem__)
+        self.capture = Capture(
+            Original(model, layers, ()), model, layers, Gaussian(), fisher, fraction, self, None, generators.__getitem__
+        )
 
     def begin(self) -> None: ...
 

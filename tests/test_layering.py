@@ -13,7 +13,7 @@ PACKAGE = ROOT / "kfac_fast"
 
 # A stage imports only what stands before it.
 ORDER = [
-    "_C", "ops", "arguments", "layers", "report", "likelihoods", "passes", "products", "chain", "hooks", "tape", "capture", "statistics", "factors", "inverses", "approximations", "checkpoint", "preconditioner", "vectors", "quadratic", "loss_check", "adaptive", "optimizer_state", "optimizer",
+    "_C", "ops", "arguments", "layers", "report", "likelihoods", "models", "passes", "products", "chain", "hooks", "tape", "recorder", "sender", "own_pass", "capture", "statistics", "factors", "inverses", "approximations", "checkpoint", "preconditioner", "vectors", "quadratic", "loss_check", "adaptive", "optimizer_state", "optimizer",
     "diagnostics", "plot",
 ]  # fmt: skip
 FREE = {"__init__", "__main__", "batches", "data"}
@@ -58,8 +58,11 @@ def uses(pattern: str, files: list[Path]) -> set[str]:
     return {p.relative_to(ROOT).as_posix() for p in files if re.search(pattern, p.read_text())}
 
 
-def test_only_capture_registers_hooks() -> None:
-    assert uses(r"register_(forward|full_backward|hook)", python_files()) == {"kfac_fast/capture.py"}
+def test_only_capture_and_recorder_register_hooks() -> None:
+    assert uses(r"register_(forward|full_backward|hook)", python_files()) == {
+        "kfac_fast/capture.py",
+        "kfac_fast/recorder.py",
+    }
 
 
 def test_only_native_reads_addresses() -> None:

@@ -1,0 +1,100 @@
+"""`OwnPass`: runs the model again for the statistics alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Trace
+from .layers import Layer
+from .passes import ModelInputs, unnoticed
+from .recorder import Recorder
+from .sender import Sender
+from .tape import REENTRANT, Tape
+
+
+class OwnPass:
+    """A forward pass over the batch or a part of it, and an extra backward pass; see `capture`.
+
+    Args:
+        model: What is run, eagerly.
+        layers: Its layers.
+        fraction: Of the examples of a batch, in (0, 1].
+        find_outputs: Finds the output tensor in what the model returns.
+        recorder: Notes the calls.
+        sender: Makes the backward pass.
+
+    Attributes:
+        count: Passes made; chooses the part of the next batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        fraction: float,
+        find_outputs: Callable[[Any], Tensor],
+        recorder: Recorder,
+        sender: Sender,
+    ) -> None:
+        self._model = model
+        self._weights = [layer.weight for layer in layers]
+        self._fraction = fraction
+        self._find_outputs = find_outputs
+        self._recorder = recorder
+        self._sender = sender
+        self.count = 0
+
+    def run(
+        self, inputs: ModelInputs, gradient: Tensor, counted: Tensor, only: Collection[int] | None = None
+    ) -> tuple[Tensor, set[int]]:
+        """Runs the model and sends the gradients.
+
+        Args:
+            inputs: Of the user's forward pass.
+            gradient: The user's, of its outputs.
+            counted: Which of its loss terms count.
+            only: Layers to take statistics of; None is all.
+
+        Returns:
+            Which loss terms of the part count, and the layers that were called.
+        """
+        if inputs.changed:
+            raise RuntimeError(
+                "the model's input was changed in place between the forward and the end of the backward pass, but "
+                "K-FAC's statistics need it again: pass the model a copy"
+            )
+        chosen = slice(None)
+        if self._fraction < 1:
+            if not inputs.divisible:
+                raise ValueError(
+                    f"factor_fraction={self._fraction:g} needs a model input whose first dimension is the batch, like "
+                    f"the outputs' ({inputs.size}); pass factor_fraction=1"
+                )
+            inputs, chosen = inputs.part(self._fraction, self.count)
+        self.count += 1
+        gradient, counted = gradient[chosen], counted[chosen]
+        tape = Tape(inputs, statistics=True, notes=True)
+        # To the end, since a checkpoint runs parts of the model once more in the backward pass.
+        with unnoticed(self._model), self._recorder.in_parts():
+            with torch.enable_grad(), self._recorder.onto(tape):
+                outputs = self._find_outputs(inputs.run(self._model))
+            shown = tape.shown
+            for i in tape.hidden:
+                if i not in shown and self._weights[i].grad is not None:
+                    raise RuntimeError(REENTRANT)
+            if only is not None:
+                tape.calls = [call for call in tape.calls if call.layer in only]
+            self._sender.send(tape, outputs, outputs.detach(), gradient, counted)
+        return counted, shown
+
+    def trace(self, inputs: ModelInputs) -> Trace:
+        """Runs the model to see how its layers feed each other."""
+        trace = Trace()
+        tape = Tape(inputs, statistics=False, notes=True, trace=trace)
+        with unnoticed(self._model), torch.enable_grad(), self._recorder.onto(tape):
+            trace.outputs = self._find_outputs(inputs.run(self._model, trace.inputs)).grad_fn
+        return trace

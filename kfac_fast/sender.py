@@ -1,0 +1,142 @@
+"""`Sender`: the extra backward pass, from the outputs to the output of every call on a tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .likelihoods import Likelihood
+from .tape import Call, Pass, Sink, Tape
+
+# With more elements than this in the gradients of all calls (32 MB in float32), they are not kept until all are there.
+ELEMENTS_AT_ONCE = 2**23
+
+
+class Sender:
+    """Sends output gradients whose second moment is the Fisher of the outputs to the calls of a tape.
+
+    Args:
+        likelihood: What the outputs mean.
+        fisher: "mc", "exact" or "empirical".
+        sink: Receives the rows.
+        generators: Called with a device, gives the generator for sampled targets.
+    """
+
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        fisher: str,
+        sink: Sink,
+        generators: Callable[[torch.device], torch.Generator],
+    ) -> None:
+        self._likelihood = likelihood
+        self._fisher = fisher
+        self._sink = sink
+        self._generators = generators
+        self._lowest: set[int] = set()  # layers that had to be asked for, since no other noted call is below theirs
+
+    def send(
+        self, tape: Tape, source: Tensor | GradientEdge, outputs: Tensor, gradient: Tensor, counted: Tensor
+    ) -> None:
+        """Sends all of them.
+
+        Args:
+            tape: Where to.
+            source: The outputs, or their edge, in the graph of the tape's calls.
+            outputs: Their values.
+            gradient: The user's, of the outputs; used by "empirical" alone.
+            counted: Which loss terms count.
+        """
+        layers = [call.layer for call in tape.calls]
+        mask = self._likelihood.spread(counted)
+        for root in self._roots(outputs, gradient):
+            root = torch.where(mask, root, torch.zeros_like(root))
+            sent = Pass(layers, len(outputs), first=tape.sent == 0)
+            tape.sent += 1
+            below = []
+            for call in tape.calls:
+                if call.edge is None:
+                    self._add(call, sent, root)
+                else:
+                    below.append(call)
+            if not below:
+                continue
+            if tape.elements <= ELEMENTS_AT_ONCE:
+                self._collect(below, source, root, sent)
+            else:
+                self._stream(below, source, root, sent)
+
+    def _add(self, call: Call, sent: Pass, gradient: Tensor | None) -> None:
+        if gradient is not None:  # None: the outputs do not depend on this call
+            self._sink.add_rows(call.layer, call.inputs, gradient, sent, call.block)
+
+    def _collect(self, calls: list[Call], source: Tensor | GradientEdge, root: Tensor, sent: Pass) -> None:
+        """All gradients at once: the least work per call."""
+        edges = [call.edge for call in calls if call.edge is not None]
+        found = torch.autograd.grad(source, edges, root, retain_graph=True, allow_unused=True)
+        for call, gradient in zip(calls, found, strict=True):
+            self._add(call, sent, gradient)
+
+    def _stream(self, calls: list[Call], source: Tensor | GradientEdge, root: Tensor, sent: Pass) -> None:
+        """Every gradient when the pass comes by, so that no more of them are alive than in any backward pass.
+
+        autograd keeps what it is asked for until the end, so only the lowest calls are asked for. Which these are is
+        found out once: nothing is below the earliest of the calls that a pass did not come by.
+        """
+        passed_by: set[int] = set()
+
+        def add(position: int, gradient: Tensor | None) -> None:
+            passed_by.add(position)
+            self._add(calls[position], sent, gradient)
+
+        def come_by(position: int, gradients: tuple[Tensor | None, ...]) -> None:
+            edge = calls[position].edge
+            if position not in passed_by and edge is not None:
+                add(position, gradients[edge.output_nr])
+
+        asked = [i for i, call in enumerate(calls) if i == 0 or call.layer in self._lowest]
+        handles = {
+            i: call.edge.node.register_prehook(partial(come_by, i))
+            for i, call in enumerate(calls)
+            if call.edge is not None and i not in asked
+        }
+        try:
+            while asked:
+                edges = [edge for i in asked if (edge := calls[i].edge) is not None]
+                found = torch.autograd.grad(source, edges, root, retain_graph=True, allow_unused=True)
+                for i, gradient in zip(asked, found, strict=True):
+                    add(i, gradient)
+                if len(asked) == 1 and found[0] is not None:
+                    self._lowest.add(calls[asked[0]].layer)
+                asked = [i for i in handles if i not in passed_by][:1]
+                for i in asked:
+                    handles.pop(i).remove()
+        finally:
+            for handle in handles.values():
+                handle.remove()
+
+    def _roots(self, outputs: Tensor, gradient: Tensor) -> Iterator[Tensor]:
+        """Output gradients whose outer products sum (exact) or average (mc) to the Fisher of the outputs."""
+        if self._fisher == "empirical":
+            yield gradient
+            return
+        if self._fisher == "mc":
+            yield self._likelihood.sample_gradient(outputs, self._generators(outputs.device))
+            return
+        # Positions of one example (pixels, tokens) may share rows below, where their gradients must not mix: one at a
+        # time. Examples do not mix.
+        shape = self._likelihood.terms_shape(outputs)
+        positions = torch.Size(shape[1:]).numel()
+        for v in self._likelihood.fisher_root(outputs):
+            for position in range(positions):
+                if positions == 1:
+                    yield v
+                    continue
+                only = torch.zeros(positions, dtype=torch.bool, device=v.device)
+                only[position] = True
+                only = only.view(shape[1:]).expand(shape)
+                yield torch.where(self._likelihood.spread(only), v, torch.zeros_like(v))
