@@ -96,13 +96,16 @@ $(BUILD_STAMP): $(NATIVE_SOURCES) pyproject.toml $(TOOLS_STAMP)
 	@rm build.log
 	touch $@
 
-# The extras of pyproject.toml, without the package itself, which is built in its own step.
+# The extras of pyproject.toml, without the package itself, which is built in its own step; and the torch that is
+# there, since none of them may bring another.
 define EXTRAS
+from importlib.metadata import version
 try:
     import tomllib
 except ImportError:
     import pip._vendor.tomli as tomllib
 extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
-print(*sorted({requirement for name in ("test", "demo", "lint") for requirement in extras[name]}))
+print(*sorted({requirement for name in ("test", "demo", "frameworks", "lint") for requirement in extras[name]}))
+print("torch==" + version("torch"))
 endef
 export EXTRAS

@@ -145,6 +145,7 @@ class Categorical(Likelihood):
         self.ignore_index = ignore_index
 
     def dim(self, outputs: Tensor) -> int:
+        """Which dimension of these outputs holds the classes."""
         if self.class_dim is not None:
             return self.class_dim % outputs.ndim
         return outputs.ndim - 1 if outputs.ndim <= 3 else 1

@@ -109,14 +109,17 @@ class BlockDiagonal:
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Sides of the blocks, in order."""
         return self._sizes
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of all blocks."""
         return self.data.dtype
 
     @property
     def device(self) -> torch.device:
+        """Of all blocks."""
         return self.data.device
 
     def __len__(self) -> int:

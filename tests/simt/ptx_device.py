@@ -146,7 +146,8 @@ class PtxDevice:
             traced = self._module.kernel(mangled)
             executed = traced.load(True)[1]
             launch.blocks = [(block, executed[i]) for i, block in enumerate(traced.g.bbs) if executed[i]]
-            assert launch.result.ok and not launch.result.warnings, f"{kernel}: {launch.result.report()}"
+            assert launch.result.ok, f"{kernel}: {launch.result.report()}"
+            assert not launch.result.warnings, f"{kernel}: {launch.result.report()}"
         except Exception as error:  # a callback must not raise
             self._error = self._error or error
             return LAUNCH_FAILURE
