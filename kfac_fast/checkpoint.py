@@ -93,7 +93,7 @@ def _views(preconditioner: Saved, index: int) -> dict[str, list[Tensor]]:
 
 
 def run_state(preconditioner: Saved) -> dict[str, Any]:
-    """Counters and the sampler's state: numbers, tensors and dicts of them, all that sharded checkpoints take."""
+    """Counters and the sampler's state: numbers, tensors and dicts of them."""
     device = preconditioner.refused.device
     order = preconditioner.approximation.order
     return {

@@ -193,9 +193,6 @@ class KFAC(ResumableOptimizer):
         super().zero_grad(set_to_none)
         self.preconditioner.drop()
 
-    # The kernels are opaque to torch.compile: there is nothing to gain from tracing the Python around them.
-    @torch.compiler.disable
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, evaluate: Callable[[], Any] | None = None) -> Any:
         """One step.
 
@@ -209,6 +206,12 @@ class KFAC(ResumableOptimizer):
         Returns:
             What the closure returned, or None.
         """
+        return self._make_step(closure, evaluate)
+
+    # The kernels are opaque to torch.compile: there is nothing to gain from tracing the Python around them.
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _make_step(self, closure: Callable[[], Any] | None, evaluate: Callable[[], Any] | None) -> Any:
         if self.rule is not None:
             if closure is None:
                 raise ValueError("step() needs a closure with adaptive=True")

@@ -26,11 +26,11 @@ from .preconditioner import Preconditioner
 
 
 class ResumableOptimizer(torch.optim.Optimizer):
-    """State in the layout of ``torch.optim``: per parameter plain tensors, numbers and dicts of them.
+    """State in the layout of ``torch.optim``: per parameter plain tensors and numbers.
 
     The entry of a layer's weight has the layer's factors and inverses too, that of the first such weight the counters
-    of the run under ``"run"``. The base class would cast float32 state to the dtype of a bfloat16 parameter, so nothing
-    of loading is left to it; its hooks are called as it calls them.
+    of the run under keys that begin with ``"run/"``. The base class would cast float32 state to the dtype of a bfloat16
+    parameter, so nothing of loading is left to it; its hooks are called as it calls them.
     """
 
     preconditioner: Preconditioner
@@ -61,7 +61,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
             self.state[weight].update((prefix + key, None) for key in layer_keys(self.preconditioner, i))
         for p, pieces in ({} if self.rule is None else _split(self.rule)[1]).items():
             self.state[p].update(dict.fromkeys(pieces))
-        self.state[self._parameters[self._run_position]].update(run=None)
+        self.state[self._parameters[self._run_position]].update(dict.fromkeys(_flat({"run": self._run_state()[0]})))
 
     @property
     def _run_position(self) -> int:
@@ -118,12 +118,10 @@ class ResumableOptimizer(torch.optim.Optimizer):
         }
         for i, weight, prefix in _places(pre):
             state[position[id(weight)]].update((prefix + key, kept) for key, kept in layer_state(pre, i).items())
-        run = {**run_state(pre), "skipped": self._skipped.clone()}
-        if self.rule is not None:
-            run["adaptive"], vectors = _split(self.rule)
-            for p, pieces in vectors.items():
-                state[position[id(p)]].update(pieces)
-        state[self._run_position]["run"] = run
+        run, vectors = self._run_state()
+        for p, pieces in vectors.items():
+            state[position[id(p)]].update(pieces)
+        state[self._run_position].update(_flat({"run": run}))
         groups, names, start = [], self._names(), 0
         for group in self.param_groups:
             end = start + len(group["params"])
@@ -131,6 +129,14 @@ class ResumableOptimizer(torch.optim.Optimizer):
             groups.append({**options, "param_names": names[start:end], "params": list(range(start, end))})
             start = end
         return {"state": state, "param_groups": groups}
+
+    def _run_state(self) -> tuple[dict[str, Any], dict[nn.Parameter, dict[str, Tensor]]]:
+        """Counters and the sampler; of an adaptive run its numbers too, and its vectors in pieces per parameter."""
+        run = {**run_state(self.preconditioner), "skipped": self._skipped.clone()}
+        if self.rule is None:
+            return run, {}
+        run["adaptive"], vectors = _split(self.rule)
+        return run, vectors
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 
@@ -165,7 +171,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
             raise ValueError(f"state_dict must have 'state' and 'param_groups', got {sorted(map(str, saved))}")
         pre, parameters, names = self.preconditioner, self._parameters, self._names()
         groups_fit = self._check_groups(saved["param_groups"], strict)
-        run = check_run_state(pre, next((entry["run"] for entry in saved["state"].values() if entry.get("run")), None))
+        run = check_run_state(pre, _nested(saved["state"].values()).get("run"))
         if ("adaptive" in run) != (self.rule is not None):
             raise ValueError("state_dict and optimizer must both be adaptive, or neither")
         entries, unexpected = _match(saved, names, by_position=strict)
@@ -288,6 +294,26 @@ def _match(
     name_of = dict(zip(keys, names if by_position else map(str, saved_names), strict=False))
     entries = {name_of.get(key, str(key)): entry for key, entry in saved["state"].items()}
     return entries, sorted(set(entries) - set(names))
+
+
+def _flat(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested dicts as one with paths like "run/sampler/cpu": flattened sharded checkpoints take no dicts before 2.7."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        leaves.update(_flat(value, f"{path}{key}/") if isinstance(value, dict) else {f"{path}{key}": value})
+    return leaves
+
+
+def _nested(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The inverse of `_flat`, of all keys in these entries that are paths."""
+    nested: dict[str, Any] = {}
+    for path, value in ((path, value) for entry in entries for path, value in entry.items() if "/" in path):
+        *folders, key = path.split("/")
+        inner = nested
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[key] = value
+    return nested
 
 
 def _split(rule: AdaptiveRule) -> tuple[dict[str, Any], dict[nn.Parameter, dict[str, Tensor]]]:

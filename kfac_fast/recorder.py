@@ -8,14 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .hooks import Hook
 from .layers import Inputs, Layer
 from .tape import Call, Tape
+
+
+def _saved_tensors_hooks() -> bool:
+    """Whether someone packs what autograd saves, as non-reentrant checkpoints do; yes where torch can't tell (2.6)."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
 class _Here(threading.local):
@@ -65,7 +71,7 @@ class Recorder:
         if tape.trace is not None:
             tape.trace.note(index, next(iter((*args, *kwargs.values()))), output)
             return
-        if saved_tensors_hooks(True) is not None:
+        if _saved_tensors_hooks():
             tape.recomputes = True
         inputs = self._layers[index].inputs(args, kwargs)
         if tape.listens:

@@ -102,9 +102,9 @@ def test_statistics_of_a_step_that_was_not_made_are_not_saved() -> None:
     F.cross_entropy(model(torch.randn(16, 6)), torch.randint(3, (16,))).backward()
     pending = optimizer.preconditioner.generator(torch.device("cpu")).get_state()
     after = optimizer.state_dict()
-    after["state"][0]["run"]["sampler"] = before["state"][0]["run"]["sampler"]
+    after["state"][0]["run/sampler/cpu"] = before["state"][0]["run/sampler/cpu"]
     assert same(before, after)
-    assert not torch.equal(pending, before["state"][0]["run"]["sampler"]["cpu"])
+    assert not torch.equal(pending, before["state"][0]["run/sampler/cpu"])
 
 
 def test_state_is_plain_per_parameter_and_in_float32() -> None:
@@ -173,13 +173,14 @@ def spoiled(state: dict, how: str) -> tuple[dict, str]:
         del state["state"][2]["momentum_buffer"]
         return state, "no 'momentum_buffer' for 3.weight"
     if how == "no counters":
-        del state["state"][0]["run"]
+        state["state"][0] = {key: value for key, value in state["state"][0].items() if not key.startswith("run/")}
         return state, "state_dict has no .*'sampler'.*not of a KFAC"
     if how == "counter missing":
-        del state["state"][0]["run"]["inversions"]
+        del state["state"][0]["run/inversions"]
         return state, "state_dict has no 'inversions'"
     if how == "other approximation":
-        state["state"][0]["run"]["approximation"] = {"tridiagonal": True}
+        del state["state"][0]["run/approximation/block_diagonal"]
+        state["state"][0]["run/approximation/tridiagonal"] = True
         return state, "state_dict is of approximation='tridiagonal', the optimizer has approximation='block_diagonal'"
     if how == "option missing":
         del state["param_groups"][0]["kl_clip"]
@@ -298,14 +299,15 @@ def test_another_precision(of: torch.dtype, into: torch.dtype) -> None:
 def test_a_checkpoint_of_another_kind_of_device_starts_the_sampler_anew() -> None:
     """What a CUDA run leaves, read with map_location="cpu": the generators of the two are not the same."""
     model, optimizer = model_and_optimizer()
-    fresh = optimizer.state_dict()["state"][0]["run"]["sampler"]["cpu"]
+    fresh = optimizer.state_dict()["state"][0]["run/sampler/cpu"]
     train(model, optimizer, range(3))
     state = optimizer.state_dict()
-    state["state"][0]["run"]["sampler"] = {"cuda": torch.zeros(16, dtype=torch.uint8)}
+    del state["state"][0]["run/sampler/cpu"]
+    state["state"][0]["run/sampler/cuda"] = torch.zeros(16, dtype=torch.uint8)
     _, other = model_and_optimizer()
     other.load_state_dict(state)
     assert other.preconditioner.steps == 3
-    assert torch.equal(other.state_dict()["state"][0]["run"]["sampler"]["cpu"], fresh)
+    assert torch.equal(other.state_dict()["state"][0]["run/sampler/cpu"], fresh)
 
 
 # ---- torch's tools --------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_state_hooks_see_and_may_replace_the_whole_state() -> None:
     for handle in handles:
         handle.remove()
     assert seen == [optimizer]
-    assert {"a_factor", "g_inverse", "momentum_buffer", "run", "step"} <= set(state["note"])
+    assert {"a_factor", "g_inverse", "momentum_buffer", "run/step", "step"} <= set(state["note"])
     other = KFAC(mlp())
     other.register_load_state_dict_pre_hook(lambda o, s: {k: v for k, v in s.items() if k != "note"} | {"seen": 1})
     other.register_load_state_dict_post_hook(seen.append)
