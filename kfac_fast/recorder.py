@@ -75,7 +75,7 @@ class Recorder:
             tape.recomputes = True
         inputs = self._layers[index].inputs(args, kwargs)
         if tape.listens:
-            tape.user.layers.append(index)
+            tape.user.uses.append((index, 0))
             output.register_hook(partial(self._from_user, tape, index, inputs))
         else:
             tape.elements += output.numel()

@@ -51,11 +51,11 @@ class Sender:
             gradient: The user's, of the outputs; used by "empirical" alone.
             counted: Which loss terms count.
         """
-        layers = [call.layer for call in tape.calls]
+        uses = [(call.layer, call.block) for call in tape.calls]
         mask = self._likelihood.spread(counted)
         for root in self._roots(outputs, gradient):
             root = torch.where(mask, root, torch.zeros_like(root))
-            sent = Pass(layers, len(outputs), first=tape.sent == 0)
+            sent = Pass(uses, len(outputs), first=tape.sent == 0)
             tape.sent += 1
             below = []
             for call in tape.calls:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,14 +20,22 @@ class Pass:
     """One gradient sent through the network: what it brings to different layers belongs to the same examples.
 
     Attributes:
-        layers: The layer of every call in the forward pass, in order; a module called twice is there twice.
+        uses: Layer and block of every call in the forward pass, in order; a module called twice is there twice.
         examples: Their number, the first dimension of the outputs.
         first: Whether no other gradient was sent through the same forward pass before, so that the inputs are new.
     """
 
-    layers: list[int]
+    uses: list[tuple[int, int]]
     examples: int = 0
     first: bool = True
+
+    def count(self, layer: int, block: int) -> int:
+        """How often a block was used."""
+        return self._counts[layer, block]
+
+    @functools.cached_property
+    def _counts(self) -> Counter[tuple[int, int]]:
+        return Counter(self.uses)
 
 
 class Sink(Protocol):
@@ -104,7 +114,7 @@ class Tape:
     @property
     def shown(self) -> set[int]:
         """Layers whose calls were noted."""
-        return {call.layer for call in self.calls} | set(self.user.layers)
+        return {call.layer for call in self.calls} | {layer for layer, _ in self.user.uses}
 
     def close(self) -> None:
         """Forgets the calls."""
