@@ -220,6 +220,7 @@ class Capture:
         self._begin(tape)
         self._sink.add_rows(layer, inputs, gradient.detach(), tape.user)
 
+    @torch.compiler.disable  # also where the user's whole training step is compiled
     def _at_outputs(self, tape: Tape, number: int, outputs: Tensor, gradient: Tensor) -> None:
         if _extra.running or tape.closed:
             return
@@ -264,6 +265,7 @@ class Capture:
             self._sink.begin()
         self._unfinished[tape] = threading.get_ident()
 
+    @torch.compiler.disable
     def _finish(self, tape: Tape, node: Node, gradient: Tensor, counted: Tensor) -> None:
         """The backward pass of a tape has ended."""
         self._recorder.recomputing = None

@@ -115,10 +115,18 @@ def check_run_state(preconditioner: Saved, state: Any) -> dict[str, Any]:
     Raises:
         ValueError: What is missing or different.
     """
-    names = run_state(preconditioner).keys() - {"order"}
-    missing = sorted(names) if not isinstance(state, dict) else sorted(set(names) - set(state))
+    own = run_state(preconditioner)
+    own.pop("order", None)
+    missing = sorted(own) if not isinstance(state, dict) else sorted(set(own) - set(state))
     if missing:
         raise ValueError(f"state_dict has no {', '.join(map(repr, missing))}: it is truncated or not of a KFAC")
+    for key in ("step", "inversions", "own_passes", "refused"):
+        if not (isinstance(state[key], (int, float)) or (isinstance(state[key], Tensor) and state[key].numel() == 1)):
+            raise ValueError(f"state_dict must have a number as {key!r}, got {state[key]!r}")
+    for kind, sampler in state["sampler"].items():
+        expected = own["sampler"].get(kind)
+        if expected is not None and not (isinstance(sampler, Tensor) and sampler.shape == expected.shape):
+            raise ValueError(f"state_dict has no state of a generator on {kind} as 'sampler'")
     if set(state["approximation"]) != {preconditioner.approximation.name}:
         raise ValueError(
             f"state_dict is of approximation={next(iter(state['approximation']), None)!r}, the optimizer has "

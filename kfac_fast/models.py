@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from operator import attrgetter, is_
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import Layer
 
@@ -42,6 +42,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             model = model.get_submodule("_orig_mod")
         else:
             break
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model must have parameters with data, got some on the device meta; make the optimizer later")
     for module in model.modules():
         if isinstance(module, nn.DataParallel) and (module is model or len(module.device_ids) > 1):
             raise ValueError("model must not be a DataParallel: its replicas carry no hooks; use one device")
@@ -101,3 +103,17 @@ class Original:
             if p.requires_grad and p.grad is not None and id(p) not in self._known:
                 told.setdefault(name.rpartition(".")[0], f"the parameter {name} was frozen or not there")
         return told
+
+
+def refuse_moved_model(layers: Sequence[Layer], kept: Tensor) -> None:
+    """Looks whether the layers are still where and what their curvature is.
+
+    Raises:
+        ValueError: The model was moved to another device or precision.
+    """
+    weight = layers[0].weight if layers else kept
+    if weight.device != kept.device or (weight.dtype == torch.float64) != (kept.dtype == torch.float64):
+        raise ValueError(
+            f"the model is {weight.dtype} on {weight.device}, its curvature {kept.dtype} on {kept.device}: make the "
+            "optimizer after model.to()"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ class KFAC(ResumableOptimizer):
             "kl_clip": kl_clip,
             "maximize": maximize,
         }
-        _check_group(defaults)
+        self._check_group(defaults)
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
         self.preconditioner = Preconditioner(
             model,
@@ -175,7 +175,7 @@ class KFAC(ResumableOptimizer):
         saved = self._pack() if built else {}
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            self._check_group(self.param_groups[-1])
             if built and self.rule is not None:
                 self._adaptive_rule(self.rule.config, self.rule.damping)
         except BaseException:
@@ -364,15 +364,14 @@ class KFAC(ResumableOptimizer):
         """Removes every hook from the model; steps go on with the factors as they are."""
         self.preconditioner.close()
 
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
-    else:
-        check_range("lr", lr, at_least=0.0)
-    for name, bounds in _GROUP_BOUNDS.items():
-        check_range(name, group[name], **bounds)
-    if group["kl_clip"] is not None:
-        check_range("kl_clip", group["kl_clip"], above=0.0)
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
+        else:
+            check_range("lr", lr, at_least=0.0)
+        for name, bounds in _GROUP_BOUNDS.items():
+            check_range(name, group[name], **bounds)
+        if group["kl_clip"] is not None:
+            check_range("kl_clip", group["kl_clip"], above=0.0)

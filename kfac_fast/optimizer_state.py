@@ -69,6 +69,9 @@ class ResumableOptimizer(torch.optim.Optimizer):
         first = self.preconditioner.layers[:1]
         return next((i for i, p in enumerate(self._parameters) if first and p is first[0].weight), 0)
 
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Raises a ValueError that names the option of a parameter group that is out of range."""
+
     def _momentum_buffers(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         buffers = []
         for p in parameters:
@@ -174,6 +177,8 @@ class ResumableOptimizer(torch.optim.Optimizer):
         run = check_run_state(pre, _nested(saved["state"].values()).get("run"))
         if ("adaptive" in run) != (self.rule is not None):
             raise ValueError("state_dict and optimizer must both be adaptive, or neither")
+        if self.rule is not None and (lacking := sorted(set(_split(self.rule)[0]) - set(run["adaptive"]))):
+            raise ValueError(f"state_dict has no {', '.join(map(repr, lacking))} of the adaptive rule: it is truncated")
         entries, unexpected = _match(saved, names, by_position=strict)
         if strict and unexpected:
             raise ValueError(f"state_dict has state for parameters {unexpected}, which are not here")
@@ -231,6 +236,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"state_dict has no {', '.join(map(repr, lacking))} in group {i}: it is truncated or not of a KFAC"
                 )
+            self._check_group(other)
             if strict and len(own["params"]) != len(other["params"]):
                 counts = f"{len(other['params'])} parameters in group {i}, the optimizer has {len(own['params'])}"
                 raise ValueError(f"state_dict has {counts}")

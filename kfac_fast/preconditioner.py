@@ -23,7 +23,7 @@ from .factors import Factors
 from .inverses import KFACWarning
 from .layers import Blocks, Inputs, KroneckerLayer, discover
 from .likelihoods import Likelihood, as_likelihood
-from .models import Original, unwrap
+from .models import Original, refuse_moved_model, unwrap
 from .report import Report, Row
 from .statistics import Statistics
 from .tape import Pass
@@ -194,6 +194,7 @@ class Preconditioner:
             ⟨V, U⟩ of every block, on the device.
         """
         self.capture.forget()
+        refuse_moved_model(self.layers, self.results_flat)
         self.update_factors()
         if self.steps % self.inverse_every == 0 or self.inversions < ALWAYS_INVERT_FIRST:
             per_layer = [damping] * len(self.layers) if isinstance(damping, (int, float)) else damping

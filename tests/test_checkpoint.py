@@ -185,6 +185,15 @@ def spoiled(state: dict, how: str) -> tuple[dict, str]:
     if how == "option missing":
         del state["param_groups"][0]["kl_clip"]
         return state, "state_dict has no 'kl_clip' in group 0"
+    if how == "option out of range":
+        state["param_groups"][0]["damping"] = -1.0
+        return state, "damping must be a number > 0, got damping=-1.0"
+    if how == "counter that is none":
+        state["state"][0]["run/step"] = "three"
+        return state, "must have a number as 'step', got 'three'"
+    if how == "sampler cut short":
+        state["state"][0]["run/sampler/cpu"] = state["state"][0]["run/sampler/cpu"][:10]
+        return state, "no state of a generator on cpu"
     if how == "groups":
         state["param_groups"].append(state["param_groups"][0])
         return state, "state_dict has 2 parameter groups, the optimizer has 1"
@@ -196,7 +205,8 @@ def spoiled(state: dict, how: str) -> tuple[dict, str]:
 
 SPOILS = [
     "truncated layer", "shape", "no data", "parameter too many", "parameter too few", "momentum shape",
-    "momentum of one missing", "no counters", "counter missing", "other approximation", "option missing", "groups",
+    "momentum of one missing", "no counters", "counter missing", "other approximation", "option missing", "option out of range",
+    "counter that is none", "sampler cut short", "groups",
     "group size", "something else",
 ]  # fmt: skip
 
@@ -220,6 +230,10 @@ def test_states_of_other_optimizers_are_refused() -> None:
     adaptive = KFAC(small_model(), adaptive=True)
     with pytest.raises(ValueError, match="both be adaptive, or neither"):
         adaptive.load_state_dict(optimizer.state_dict())
+    state = adaptive.state_dict()
+    del state["state"][0]["run/adaptive/gamma"]
+    with pytest.raises(ValueError, match="no 'gamma' of the adaptive rule"):
+        adaptive.load_state_dict(state)
 
 
 def test_a_file_cut_short_is_refused_by_torch_and_changes_nothing(tmp_path: Path) -> None:

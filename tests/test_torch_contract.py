@@ -269,6 +269,48 @@ def test_a_compiled_step_is_the_step(backend: str) -> None:
     assert equal(list(model.parameters()), train(twin, plain, range(3)))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_training_step_is_the_training_step() -> None:
+    """Everything in one compiled function: clearing, forward, backward, step."""
+
+    def train_step(model: nn.Module, optimizer: KFAC, x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    torch._dynamo.reset()
+    model, twin = mlp(DOUBLE), mlp(DOUBLE)
+    optimizer, plain = KFAC(model, fisher="exact"), KFAC(twin, fisher="exact")
+    compiled = torch.compile(train_step, backend="eager")
+    for _ in range(3):
+        x, y = torch.randn(16, 6, dtype=DOUBLE), torch.randint(3, (16,))
+        assert torch.allclose(compiled(model, optimizer, x, y), train_step(twin, plain, x, y), atol=1e-12)
+    assert optimizer.stats() == plain.stats()
+
+
+def test_a_model_that_was_moved_is_refused() -> None:
+    model = mlp()
+    optimizer = KFAC(model)
+    train(model, optimizer, range(1))
+    before = copy.deepcopy(optimizer.state_dict()["state"][0])
+    model.double()
+    optimizer.zero_grad()
+    backward(model)
+    with pytest.raises(
+        ValueError, match=r"the model is torch.float64 on cpu, its curvature torch.float32.*after model.to"
+    ):
+        optimizer.step()
+    assert all(
+        torch.equal(torch.as_tensor(v), torch.as_tensor(before[k]))
+        for k, v in optimizer.state_dict()["state"][0].items()
+        if k.endswith("_factor")
+    )
+    with pytest.raises(ValueError, match="parameters with data, got some on the device meta"):
+        KFAC(mlp().to("meta"))
+
+
 def test_a_step_makes_as_many_calls_for_thirty_layers_as_for_three() -> None:
     """All layers go through grouped kernels and torch's foreach functions."""
 
