@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_capture import DOUBLE, half_square, moments
+from recompute import DOUBLE, half_square, moments
 from torch import Tensor, nn
 
 from kfac_fast.capture import Capture

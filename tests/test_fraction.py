@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_capture import DOUBLE, Net, exact, half_square, plain_factors
+from recompute import DOUBLE, Net, exact, half_square, plain_factors
 from torch import Tensor, nn
 
 from kfac_fast import Preconditioner

@@ -10,7 +10,7 @@ import torch
 from fisher import exact_blocks, gather, kronecker_block, root_categorical
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_capture import moments
+from recompute import moments
 from test_layers import DOUBLE, layer_of, zero_loss
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence

@@ -1,0 +1,53 @@
+"""Factors recomputed in the most straightforward way, in float64, and small models for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kfac_fast import Gaussian, Preconditioner
+
+DOUBLE = torch.float64
+
+
+def moments(rows: list[Tensor], terms: int | None = None, *, bias: bool = False) -> Tensor:
+    """Σ r rᵀ over all rows, divided by their number or by the number of loss terms."""
+    x = torch.cat([r.reshape(-1, r.shape[-1]) for r in rows])
+    if bias:
+        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    return x.T @ x / (len(x) if terms is None else terms)
+
+
+def exact(model: nn.Module, **options) -> Preconditioner:
+    return Preconditioner(model, **{"fisher": "exact", "likelihood": "gaussian", **options})
+
+
+def half_square(y: Tensor) -> Tensor:
+    return Gaussian().loss(y, torch.zeros_like(y))
+
+
+def plain_factors(model: nn.Module, x: Tensor) -> Tensor:
+    pre = exact(model)
+    half_square(model(x)).backward()
+    pre.step()
+    pre.close()
+    model.zero_grad()
+    return pre.factors.running.data.clone()
+
+
+class Net(nn.Module):
+    def __init__(self, activation: nn.Module, *, checkpointed: str | None = None) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.activation = activation
+        self.last = nn.Linear(4, 2)
+        self.checkpointed = checkpointed
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.last(self.activation(self.first(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed is None:
+            return self.body(x)
+        return checkpoint(self.body, x, use_reentrant=self.checkpointed == "reentrant")
