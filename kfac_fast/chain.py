@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -48,11 +48,6 @@ class Trace:
         source = get_gradient_edge(inputs).node if inputs.requires_grad else None
         self.calls.append(TracedCall(layer, tuple(inputs.shape), source, get_gradient_edge(output).node))
 
-    def of(self, layers: range) -> Trace:
-        """Calls of these layers only, numbered from 0."""
-        calls = [replace(call, layer=call.layer - layers.start) for call in self.calls if call.layer in layers]
-        return Trace(self.inputs, calls, self.outputs)
-
 
 class NotAChainError(ValueError):
     """The layers are not a chain; the message says where."""
@@ -63,13 +58,13 @@ def chain_of(trace: Trace, names: Sequence[str]) -> list[int]:
 
     Args:
         trace: Of the model.
-        names: Of the layers by their number.
+        names: Of the layers by their number; calls of later ones are looked through.
 
     Raises:
         NotAChainError: A layer was called not once, has another source than one layer, feeds several, has other
             positions than the next one, or the outputs depend on more than the last.
     """
-    calls = trace.calls
+    calls = [call for call in trace.calls if call.layer < len(names)]
     uses = Counter(call.layer for call in calls)
     for layer, name in enumerate(names):
         if uses[layer] != 1:

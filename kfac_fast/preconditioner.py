@@ -17,7 +17,6 @@ from .approximations import APPROXIMATIONS, Approximation
 from .approximations.base import block_names
 from .arguments import check_choice, check_count, check_range
 from .capture import FISHERS, Capture
-from .chain import Trace
 from .checkpoint import IncompatibleKeys
 from .factors import Factors
 from .inverses import KFACWarning
@@ -60,7 +59,7 @@ class Preconditioner:
         grad_scaler: The ``torch.amp.GradScaler`` that multiplies the loss. Only the empirical Fisher depends on it.
         outputs: Finds the outputs in what the model returns, where that is not a tensor or has ``.logits``.
         seed: Of the generator that draws targets; the global generators are not used.
-        approximation: The structure of the approximate Fisher matrix: "block_diagonal" or "block_tridiagonal".
+        approximation: The structure of the approximate Fisher matrix: "block_diagonal", "block_tridiagonal" or "ekfac".
         blocks: Which modules are preconditioned, and by which class; None is all that are supported.
         parameters: Only layers whose parameters are all among these are preconditioned; None is all.
 
@@ -130,7 +129,7 @@ class Preconditioner:
             factored, decay, dtype, example.device, empirical_mean=fisher == "empirical" and loss_reduction == "mean"
         )
         self.approximation: Approximation = APPROXIMATIONS[approximation](factored, self.factors)
-        # Every part serves a run of consecutive layers.
+        # Every part serves a run of consecutive layers, the approximation the first.
         self.parts: list[Approximation] = [self.approximation]
         self._owner = [(part, i) for part in self.parts for i in range(len(part.layers))]
         ends = list(accumulate((sum(len(layer.blocks) for layer in part.layers) for part in self.parts), initial=0))
@@ -158,8 +157,8 @@ class Preconditioner:
             outputs,
             self.generator,
         )
-        if any(part.needs_trace for part in self.parts):
-            self.capture.on_trace = self._take_trace
+        if self.approximation.needs_trace:
+            self.capture.on_trace = self.approximation.take_trace
 
     # ---- use --------------------------------------------------------------------------------------------------------
 
@@ -309,13 +308,6 @@ class Preconditioner:
 
     def wants_statistics(self) -> bool:
         return self.steps % self.factor_every == 0
-
-    def _take_trace(self, trace: Trace) -> None:
-        start = 0
-        for part in self.parts:
-            if part.needs_trace:
-                part.take_trace(trace.of(range(start, start + len(part.layers))))
-            start += len(part.layers)
 
     def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
         if self._loss_scale is not None:  # in float32: what was scaled may be too small for half precision

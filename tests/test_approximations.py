@@ -194,3 +194,19 @@ def test_condition_numbers(approximation: str) -> None:
         damped = [c + d * torch.eye(len(c), dtype=DOUBLE) for c, d in ((a, pi * 0.1), (g, 0.1 / pi))]
         exact = math.prod(float(torch.linalg.cond(c)) for c in damped)
         assert exact / 100 <= figures[f"condition/{name}"] <= 100 * exact
+
+
+def test_inverses_layer_by_layer_are_those_of_all_at_once(approximation: str) -> None:
+    models = [network(DOUBLE) for _ in range(2)]
+    whole, parts = [Preconditioner(m, approximation=approximation, fisher="exact") for m in models]
+    for pre, model in ((whole, models[0]), (parts, models[1])):
+        F.cross_entropy(model(batch(0)[0].double()), batch(0)[1]).backward()
+        pre.statistics.commit()
+    gamma = torch.full((3,), 0.1, dtype=DOUBLE)
+    whole.approximation.update(gamma)
+    for layer in (2, 0, 1):
+        before = parts.copy_inverses()
+        parts.approximation.update(gamma, [layer])
+        assert any(not torch.equal(x, y) for x, y in zip(before, parts.copy_inverses(), strict=True))
+    for x, y in zip(whole.copy_inverses(), parts.copy_inverses(), strict=True):
+        assert torch.equal(x, y)

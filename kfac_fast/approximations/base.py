@@ -112,6 +112,20 @@ def block_names(layers: Sequence[Layer]) -> list[str]:
     return [layer.name + (f"[{block.label}]" if block.label else "") for layer in layers for block in layer.blocks]
 
 
+def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues ``[n]``, none below 0, and eigenvectors ``[n, n]`` of a positive semi-definite matrix.
+
+    None if it is not finite or the iteration fails. The host waits for the device, as torch.linalg.eigh does anyway.
+    """
+    if not bool(matrix.isfinite().all()):
+        return None
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        return None
+    return (values.clamp(min=0), vectors) if bool(vectors.isfinite().all()) else None
+
+
 def as_matrix(gradient: Gradient, dtype: torch.dtype) -> Tensor:
     """V ``[d_out, d_in (+1)]`` with the bias as last column."""
     weight, bias = gradient if isinstance(gradient, tuple) else (gradient, None)

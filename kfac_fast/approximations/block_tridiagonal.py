@@ -17,7 +17,7 @@ from ..layers import Inputs, KroneckerLayer
 from ..layers.linear import LinearLayer
 from ..ops import Gradient
 from ..tape import Pass
-from .base import as_matrix, write_matrix
+from .base import as_matrix, eigenvectors, write_matrix
 from .block_diagonal import BlockDiagonalFisher
 from .cross_factors import CrossFactors
 
@@ -52,8 +52,8 @@ class _Pair:
         roots = [psi.new_zeros(len(psi), r) for psi, r in zip((psi_a, psi_g), ranks, strict=True)]
         return cls(psi_a, psi_g, *roots, *(psi_a.new_zeros(r) for r in ranks))
 
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(vars(self))
+    def tensors(self) -> list[Tensor]:
+        return list(vars(self).values())
 
     @property
     def gap(self) -> Tensor:
@@ -141,33 +141,28 @@ class BlockTridiagonalFisher(BlockDiagonalFisher):
 
     def update(self, gamma: Tensor, layers: Sequence[int] | None = None) -> None:
         positions = range(len(self.layers)) if layers is None else sorted(self.cross.position[i] for i in layers)
-        if layers is not None:  # a layer's own part needs the inverses of the next one
-            layers = [
-                self._order[q]
-                for q in sorted({q for p in positions for q in (p, p + 1)} & set(range(len(self._order))))
-            ]
+        if layers is not None:  # a pair needs the inverses of its second layer too
+            layers = [i for i, q in self.cross.position.items() if q in positions or q - 1 in positions]
         super().update(gamma, layers)
-        failed = [self._update_pair(p) for p in positions if p < len(self._pairs)]
-        for p, bad in zip(positions, torch.stack(failed).tolist() if failed else [], strict=False):
-            if bad:
-                self._warn(p)
+        for p in positions:
+            if p < len(self._pairs):
+                self._update_pair(p)
 
-    def _update_pair(self, p: int) -> Tensor:
-        """Recomputes a pair; whether it had to be taken apart, on the device."""
+    def _update_pair(self, p: int) -> None:
+        """Recomputes a pair, or takes it apart where that fails."""
         pair, count = self._pairs[p], self.factors.count
         i, j = self._order[p], self._order[p + 1]
         inverse = self.damped.inverse
         a = _correlate(inverse[i], inverse[j], self.cross.a[p])
         g = _correlate(inverse[count + i], inverse[count + j], self.cross.g[p])
-        new = _Pair(a[0], g[0], a[1], g[1], a[2], g[2])
-        # Eigenvalues carry an error of some rounding units, so below √ε the quotient would be noise.
-        good = new.gap > torch.finfo(new.gap.dtype).eps ** 0.5
-        for tensor in (*a, *g):
-            good &= tensor.isfinite().all()
-        for old, tensor in zip(pair.tensors().values(), new.tensors().values(), strict=True):
-            torch.where(good, tensor, torch.zeros_like(tensor), out=old)
-        self.broken[i] += ~good
-        return ~good
+        new = None if a is None or g is None else _Pair(a[0], g[0], a[1], g[1], a[2], g[2])
+        # Eigenvalues carry an error of some rounding units ε, so with a gap below √ε the quotient would be noise.
+        if new is not None and bool(new.gap > torch.finfo(new.gap.dtype).eps ** 0.5):
+            torch._foreach_copy_(pair.tensors(), new.tensors())
+            return
+        torch._foreach_zero_(pair.tensors())
+        self.broken[i] += 1
+        self._warn(p)
 
     def _warn(self, p: int) -> None:
         if p in self._said:
@@ -183,7 +178,7 @@ class BlockTridiagonalFisher(BlockDiagonalFisher):
 
     def inverses(self, layer: int) -> list[Tensor]:
         p = self.cross.position[layer]
-        own = list(self._pairs[p].tensors().values()) if p < len(self._pairs) else []
+        own = self._pairs[p].tensors() if p < len(self._pairs) else []
         return super().inverses(layer) + own
 
     def apply(self, gradients: Sequence[Gradient], out: Sequence[Gradient]) -> Tensor:
@@ -215,7 +210,7 @@ class BlockTridiagonalFisher(BlockDiagonalFisher):
     def state(self, layer: int) -> dict[str, list[Tensor]]:
         p = self.cross.position[layer]
         if p < len(self._pairs):
-            own = self._pairs[p].tensors()
+            own = dict(vars(self._pairs[p]))
         else:
             own = dict.fromkeys(_Pair.__annotations__, self.factors.running.data.new_empty(0))
         return {
@@ -227,7 +222,7 @@ class BlockTridiagonalFisher(BlockDiagonalFisher):
 
     def memory(self, layer: int) -> int:
         p = self.cross.position[layer]
-        own = sum(tensor.nbytes for tensor in self._pairs[p].tensors().values()) if p < len(self._pairs) else 0
+        own = sum(tensor.nbytes for tensor in self._pairs[p].tensors()) if p < len(self._pairs) else 0
         return super().memory(layer) + 2 * self.cross.bytes(layer) + own
 
     def failures(self) -> Tensor:
@@ -240,22 +235,21 @@ class BlockTridiagonalFisher(BlockDiagonalFisher):
         return result
 
 
-def _correlate(p: Tensor, q: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _correlate(p: Tensor, q: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Ψ = C Q, L and d of one side of a pair (see `_Pair`), from inverses P of the first, Q of the second, and C.
 
     d are the eigenvalues of P^{½} C Q Cᵀ P^{½}, or of Q^{½} Cᵀ P C Q^{½} where that is the smaller matrix, and Cholesky
-    factors serve as the roots. NaN, where a factor or C is not finite.
+    factors serve as the roots. None where that cannot be computed.
     """
-    psi = cross @ q
     first_is_smaller = len(p) <= len(q)
     root, info = torch.linalg.cholesky_ex(p if first_is_smaller else q)
     left = root.T @ cross if first_is_smaller else root.T @ cross.T
     product = left @ (q if first_is_smaller else p) @ left.T
-    good = product.isfinite().all() & (info == 0)
-    product = torch.where(good, (product + product.T) / 2, torch.eye(len(product), dtype=p.dtype, device=p.device))
-    d, vectors = torch.linalg.eigh(product)
-    d = torch.where(good, d.clamp(min=0), torch.nan)
-    return psi, root @ vectors * d.sqrt() if first_is_smaller else p @ (left.T @ vectors), d
+    found = None if bool(info) else eigenvectors((product + product.T) / 2)
+    if found is None:
+        return None
+    d, vectors = found
+    return cross @ q, root @ vectors * d.sqrt() if first_is_smaller else p @ (left.T @ vectors), d
 
 
 def _sandwich(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..inverses import KFACWarning
 from ..layers import Inputs, KroneckerLayer
 from ..ops import Gradient
 from ..tape import Pass
-from .base import Approximation, as_matrix, block_names, write_matrix
+from .base import Approximation, as_matrix, block_names, eigenvectors, write_matrix
 from .spectra import Spectra
 
 
@@ -70,7 +70,7 @@ class EigenFisher(Approximation):
 
     def _rebase(self, block: int) -> None:
         sides = [block, self.factors.count + block]
-        found = [_eigenvectors(self.factors.running[side]) for side in sides]
+        found = [eigenvectors(self.factors.running[side]) for side in sides]
         if found[0] is None or found[1] is None:
             self._failures[block] += 1
             self._warn(block)
@@ -136,16 +136,3 @@ class EigenFisher(Approximation):
     def conditions(self) -> Tensor:
         damped = [s + damping for s, damping in zip(self.spectra.running, self._damping, strict=True)]
         return torch.stack([s.max() / s.min() for s in damped]) if damped else self._damping
-
-
-def _eigenvectors(factor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Eigenvalues ``[n]``, not negative, and eigenvectors ``[n, n]``; None if there are none."""
-    if not bool(factor.isfinite().all()):
-        return None
-    try:
-        values, vectors = torch.linalg.eigh(factor)
-    except torch.linalg.LinAlgError:
-        return None
-    if not bool(vectors.isfinite().all()):
-        return None
-    return values.clamp(min=0), vectors
