@@ -14,6 +14,7 @@ from small import backward, equal, mlp, train
 from torch import Tensor, nn
 
 from kfac_fast import KFAC, Preconditioner
+from kfac_fast.approximations import APPROXIMATIONS
 
 
 def through_pickle(pair: Any) -> Any:
@@ -87,3 +88,24 @@ def test_a_closed_preconditioner_stays_closed_in_a_copy() -> None:
     pre = Preconditioner(model)
     pre.close()
     assert copy.deepcopy(pre).capture.closed
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_every_approximation_is_copied_and_resumed(approximation: str) -> None:
+    model = mlp()
+    optimizer = KFAC(model, approximation=approximation, inverse_every=2, damping=0.1)
+    train(model, optimizer, range(3))
+    twin, other = copy.deepcopy((model, optimizer))
+    third = mlp()
+    third.load_state_dict(model.state_dict())
+    resumed = KFAC(third, approximation=approximation, inverse_every=2, damping=0.1)
+    state = io.BytesIO()
+    torch.save(optimizer.state_dict(), state)
+    state.seek(0)
+    saved = torch.load(state, weights_only=True)
+    assert all(type(v) in (Tensor, int, float, bool) for entry in saved["state"].values() for v in entry.values())
+    resumed.load_state_dict(saved)
+    expected = train(model, optimizer, range(3, 7))
+    assert equal(train(twin, other, range(3, 7)), expected)
+    assert equal(train(third, resumed, range(3, 7)), expected)
+    assert resumed.stats() == other.stats() == optimizer.stats()
