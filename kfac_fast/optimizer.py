@@ -225,8 +225,8 @@ class KFAC(ResumableOptimizer):
                 loss = closure()
         self._refuse_sparse_gradients()
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        layers = self.preconditioner.layers
-        dot = self.preconditioner.natural_gradients([group_of[id(layer.weight)]["damping"] for layer in layers])
+        groups = [group_of[id(weight)] for weight in self.preconditioner.weights]  # of every layer
+        dot = self.preconditioner.natural_gradients([group["damping"] for group in groups])
 
         updates, finite = self._updates(dot)
         known = read_if_free(finite)
@@ -235,7 +235,7 @@ class KFAC(ResumableOptimizer):
         if known is False:
             self._warn_about_skipped_step()
             return loss
-        clips = self._clips(dot, group_of)
+        clips = self._clips(dot, groups)
         for group, clip in zip(self.param_groups, clips, strict=True):
             natural, plain = updates[id(group)]
             if known is None:  # the host does not know: let the device take zeros for what is not finite
@@ -268,13 +268,12 @@ class KFAC(ResumableOptimizer):
             updates[id(group)] = (natural, plain)
         return updates, finite
 
-    def _clips(self, dot: Tensor, group_of: dict[int, dict[str, Any]]) -> list[Tensor | None]:
+    def _clips(self, dot: Tensor, groups: list[dict[str, Any]]) -> list[Tensor | None]:
         """ν of every group, from the sum of lr²⟨V, U⟩ over all groups that clip."""
         if all(group["kl_clip"] is None for group in self.param_groups):
             return [None] * len(self.param_groups)
         squares = []
-        for layer in self.preconditioner.layers:
-            group = group_of[id(layer.weight)]
+        for layer, group in zip(self.preconditioner.layers, groups, strict=True):
             squares += [0.0 if group["kl_clip"] is None else float(group["lr"]) ** 2] * len(layer.blocks)
         total = (dot * torch.tensor(squares, dtype=dot.dtype).to(dot.device, non_blocking=True)).sum().abs()
         return [

@@ -66,8 +66,8 @@ class ResumableOptimizer(torch.optim.Optimizer):
     @property
     def _run_position(self) -> int:
         """The parameter whose entry has the counters of the run: the first layer's weight."""
-        first = self.preconditioner.layers[:1]
-        return next((i for i, p in enumerate(self._parameters) if first and p is first[0].weight), 0)
+        first = self.preconditioner.weights[:1]
+        return next((i for i, p in enumerate(self._parameters) if first and p is first[0]), 0)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raises a ValueError that names the option of a parameter group that is out of range."""
@@ -276,10 +276,10 @@ class ResumableOptimizer(torch.optim.Optimizer):
 def _places(preconditioner: Preconditioner) -> Iterator[tuple[int, nn.Parameter, str]]:
     """Of every layer the parameter whose entry has its state, and what its keys begin with: ties share a weight."""
     users: Counter[int] = Counter()
-    for i, layer in enumerate(preconditioner.layers):
-        before = users[id(layer.weight)]
-        users[id(layer.weight)] += 1
-        yield i, layer.weight, f"tied{before}_" if before else ""
+    for i, weight in enumerate(preconditioner.weights):
+        before = users[id(weight)]
+        users[id(weight)] += 1
+        yield i, weight, f"tied{before}_" if before else ""
 
 
 def _without(prefix: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:

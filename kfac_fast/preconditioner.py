@@ -121,7 +121,7 @@ class Preconditioner:
         self._seed = seed
         self._warned_about: set[int | str] = set()
         self.original = Original(self.model, self.layers, parameters or ())
-        self._weights = [layer.weight for layer in self.layers]
+        self.weights = [layer.weight for layer in self.layers]
         example = self.layers[0].weight if self.layers else torch.zeros(())
         dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
         factored = [layer for layer in self.layers if isinstance(layer, KroneckerLayer)]
@@ -369,7 +369,7 @@ class Preconditioner:
         return part.seen(own)
 
     def _warn_about_unseen_layers(self) -> None:
-        for i, (layer, weight) in enumerate(zip(self.layers, self._weights, strict=True)):
+        for i, (layer, weight) in enumerate(zip(self.layers, self.weights, strict=True)):
             if weight.grad is None or i in self._warned_about or self.capture.closed or self._seen(i):
                 continue
             self._warned_about.add(i)
