@@ -238,7 +238,8 @@ class KFAC(ResumableOptimizer):
         clips = self._clips(dot, groups)
         for group, clip in zip(self.param_groups, clips, strict=True):
             natural, plain = updates[id(group)]
-            if known is None:  # the host does not know: let the device take zeros for what is not finite
+            if known is None:  # the host does not know: let the device take zeros, unclipped, for what is not finite
+                clip = None if clip is None else torch.where(finite, clip, torch.ones_like(clip))
                 for tensors in (natural, plain):
                     for i, (p, u) in enumerate(tensors):
                         tensors[i] = (p, torch.where(finite, u, torch.zeros_like(u)))

@@ -170,6 +170,8 @@ class ResumableOptimizer(torch.optim.Optimizer):
         return report
 
     def _unpack(self, saved: Mapping[str, Any], strict: bool) -> IncompatibleKeys:
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(saved).__name__}")
         if not saved.get("param_groups") or "state" not in saved:
             raise ValueError(f"state_dict must have 'state' and 'param_groups', got {sorted(map(str, saved))}")
         pre, parameters, names = self.preconditioner, self._parameters, self._names()
@@ -313,7 +315,7 @@ def _flat(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def _nested(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The inverse of `_flat`, of all keys in these entries that are paths."""
     nested: dict[str, Any] = {}
-    for path, value in ((path, value) for entry in entries for path, value in entry.items() if "/" in path):
+    for path, value in ((path, value) for entry in entries for path, value in entry.items() if "/" in str(path)):
         *folders, key = path.split("/")
         inner = nested
         for folder in folders:

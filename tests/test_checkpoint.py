@@ -225,6 +225,8 @@ def test_a_bad_checkpoint_is_refused_before_anything_changes(how: str) -> None:
 
 def test_states_of_other_optimizers_are_refused() -> None:
     model, optimizer = model_and_optimizer()
+    with pytest.raises(TypeError, match="state_dict must be a dict, got list"):
+        optimizer.load_state_dict([1])
     with pytest.raises(ValueError, match="not of a KFAC"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
     adaptive = KFAC(small_model(), adaptive=True)

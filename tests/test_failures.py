@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from test_optimizer import backward, batch, mlp
 from torch import Tensor, nn
 
+import kfac_fast.optimizer
 from kfac_fast import KFAC, KFACWarning, Preconditioner, ops
 
 
 def snapshot(model: nn.Module, optimizer: KFAC) -> list[Tensor]:
     factors = optimizer.preconditioner.factors
-    buffers = [s["momentum_buffer"] for s in optimizer.state.values()]
+    buffers = [s["momentum_buffer"] for s in optimizer.state.values() if "momentum_buffer" in s]
     return [t.clone() for t in (*model.parameters(), *buffers, factors.running.data, factors.updates)]
 
 
@@ -47,6 +49,32 @@ def test_a_batch_with_nan_changes_nothing(value: float, fisher: str) -> None:
     after = snapshot(model, optimizer)
     assert all(t.isfinite().all() for t in after)
     assert not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_clip": None, "weight_decay": 0.1}, {"momentum": 0.0}], ids=str)
+def test_a_nan_batch_changes_nothing_where_the_host_does_not_wait(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the host never learns that the step is left out, the device has to."""
+    monkeypatch.setattr(kfac_fast.optimizer, "read_if_free", lambda flag: None)
+    model = nn.Sequential(nn.Linear(6, 8), nn.PReLU(8), nn.Linear(8, 3))
+    twin = copy.deepcopy(model)
+    optimizer, plain = KFAC(model, **options), KFAC(twin, **options)
+    for _ in range(3):
+        x, y = batch()
+        for m, o in ((model, optimizer), (twin, plain)):
+            backward(m, x, y)
+            o.step()
+    before = snapshot(model, optimizer)
+    x, y = batch()
+    x[0, 0] = math.nan
+    backward(model, x, y)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(before, snapshot(model, optimizer), strict=True))
+    assert optimizer.stats()["skipped_steps"] == 1
+    monkeypatch.undo()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_nan_in_the_very_first_batch_is_survived() -> None:
