@@ -103,6 +103,8 @@ class Capture:
         # Layers that neither the user's own passes have shown nor a pass of its own has failed to show.
         self._unknown = set(range(len(layers)))
         self._looked_for_compiled_parts = False
+        self._seen: set[int] = set()  # layers, since the last step
+        self._failed = False  # a backward pass did, since the last step
         self._devices = frozenset(p.device for p in model.parameters())
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._unfinished: dict[Tape, int] = {}  # backward pass under way or failed; the thread it is or was on
@@ -144,6 +146,14 @@ class Capture:
         """Looks for compiled parts of the model, whose graphs show nothing and may refuse an extra backward pass."""
         self._looked_for_compiled_parts = True
         self._runs_again = self._runs_again or has_compiled_parts(self._model)
+
+    def take_unseen(self) -> list[int]:
+        """Layers that have a gradient, though no backward pass since the last call of this came by them."""
+        seen, self._seen = self._seen, set()
+        failed, self._failed = self._failed, False
+        if failed or self.closed or len(seen) == len(self._weights):
+            return []
+        return [i for i, p in enumerate(self._weights) if p.grad is not None and i not in seen]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -273,10 +283,13 @@ class Capture:
             return
         if not tape.notes:
             with _extra_pass():
-                counted, _ = self.own_pass.run(tape.inputs, gradient, counted)
-        elif self._unknown:
-            self._unknown -= tape.shown
-            self._fill_in(tape, gradient, counted)
+                counted, shown = self.own_pass.run(tape.inputs, gradient, counted)
+            self._seen |= shown
+        else:
+            self._seen |= tape.shown
+            if self._unknown:
+                self._unknown -= self._seen
+                self._fill_in(tape, gradient, counted)
         # Not finite where the loss is not, so that what finite outputs gave is not committed either.
         self._sink.add_terms(counted.sum() + 0 * gradient.sum(dtype=torch.float64))
         if _is_released(node, tape.recomputes):
@@ -290,6 +303,7 @@ class Capture:
             return
         with _extra_pass():
             _, shown = self.own_pass.run(tape.inputs, gradient, counted, only=unseen)
+        self._seen |= shown
         self._unknown -= unseen
         self._runs_again = self._runs_again or bool(unseen & shown)
 
@@ -297,6 +311,7 @@ class Capture:
         """After a backward pass that raised (on this thread, if one is named), drops all that waits for the step."""
         if self._unfinished and (thread is None or thread in self._unfinished.values()):
             self._unfinished.clear()
+            self._failed = True
             self._recorder.recomputing = None
             self._sink.drop()
 

@@ -364,20 +364,16 @@ class Preconditioner:
             self.generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self.generators[device]
 
-    def _seen(self, layer: int) -> bool:
-        part, own = self._owner[layer]
-        return part.seen(own)
-
     def _warn_about_unseen_layers(self) -> None:
-        for i, (layer, weight) in enumerate(zip(self.layers, self.weights, strict=True)):
-            if weight.grad is None or i in self._warned_about or self.capture.closed or self._seen(i):
-                continue
-            self._warned_about.add(i)
+        unseen = [i for i in self.capture.take_unseen() if i not in self._warned_about]
+        if unseen:
+            self._warned_about.update(unseen)
+            names = ", ".join(self.layers[i].name or "the model itself" for i in unseen)
             warnings.warn(
-                f"layer {layer.name} has a gradient but no curvature statistics; it takes the plain gradient until it "
-                "has some. Causes: the model itself was not called (only parts of it, or a functorch transform or "
-                "functional_call of it), its weight is used without its module, or it was compiled and run before the "
-                "optimizer was made (then make the optimizer from the compiled model)",
+                f"no curvature statistics for layers that have a gradient: {names}. They take the plain gradient until "
+                "there are some. Causes: the model itself was not called (only parts of it, or a functorch transform "
+                "or functional_call of it), a weight is used without its module, or the model was compiled and run "
+                "before the optimizer was made (then make the optimizer from the compiled model)",
                 KFACWarning,
                 stacklevel=3,
             )

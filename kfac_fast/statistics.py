@@ -86,7 +86,8 @@ class Statistics:
         if reduce is not None:
             reduce([*sums, tally])
         *of_stores, terms, bad = tally.split([*counts, 1, 1])
-        gate = ((bad == 0) & terms.isfinite()).to(torch.int32)
+        # Without a term the loss ignored them all: that says nothing.
+        gate = ((bad == 0) & terms.isfinite() & (terms > 0)).to(torch.int32)
         for store, seen in zip(self._stores, of_stores, strict=True):
             store.commit(seen, terms, gate)
         self.reset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -51,3 +53,38 @@ class Net(nn.Module):
         if self.checkpointed is None:
             return self.body(x)
         return checkpoint(self.body, x, use_reentrant=self.checkpointed == "reentrant")
+
+
+def by_hand(net: Net, batches: list[Tensor], root: Callable[[Tensor], list[Tensor]] | None = None) -> list[Tensor]:
+    """A and then G of both layers of a `Net` from all these batches together, without a hook.
+
+    Args:
+        net: With any differentiable activation.
+        batches: Inputs.
+        root: From the outputs to the gradients that are sent back; by default those of the exact Gaussian Fisher.
+    """
+    inputs: list[list[Tensor]] = [[], []]
+    gradients: list[list[Tensor]] = [[], []]
+    terms = 0
+    for x in batches:
+        before = nn.functional.linear(x, net.first.weight, net.first.bias)
+        hidden = net.activation(before * 1)
+        y = nn.functional.linear(hidden, net.last.weight, net.last.bias)
+        inputs[0].append(x)
+        inputs[1].append(hidden.detach())
+        terms += len(x)
+        for sent in (
+            root(y.detach()) if root is not None else torch.eye(2, dtype=y.dtype).unsqueeze(1).expand(2, len(x), 2)
+        ):
+            for rows, gradient in zip(
+                gradients, torch.autograd.grad(y, [before, y], sent, retain_graph=True), strict=True
+            ):
+                rows.append(gradient)
+    return [moments(rows, bias=True) for rows in inputs] + [moments(rows, terms) for rows in gradients]
+
+
+def same(pre: Preconditioner, expected: list[Tensor]) -> bool:
+    found = list(pre.factors.running)
+    return len(found) == len(expected) and all(
+        torch.allclose(a, b, atol=1e-13) for a, b in zip(found, expected, strict=True)
+    )
