@@ -78,10 +78,10 @@ class KFAC(ResumableOptimizer):
         maximize: Maximises the objective.
         seed: Of the generator that draws targets; the global generators are left alone.
         approximation: The structure of the approximate Fisher matrix. "block_diagonal", A ⊗ G for every layer;
-            "block_tridiagonal", which also models how neighbouring layers depend on each other (sec. 4.3): more
-            progress per step at several times the cost of an inverse, for chains of Linear layers (the first forward
-            pass shows whether the model is one); "ekfac", which keeps the eigenvectors of A and G and takes the
-            eigenvalues from per-example gradients (George et al. 2018).
+            "block_tridiagonal", which also models how neighbouring layers depend on each other (sec. 4.3), at several
+            times the cost of inverse and step, for chains of Linear layers (the first forward pass shows whether the
+            model is one); "ekfac", which keeps the eigenvectors of A and G, takes the eigenvalues from per-example
+            gradients (George et al. 2018) and adds λ to them, less damping than √λ on each factor.
         adaptive: The rule of the paper for large batches: `step` takes a closure; learning rate, momentum and damping
             set themselves (sec. 6, 7); ``lr``, ``momentum``, ``nesterov``, ``kl_clip`` and ``inverse_every`` are not
             used, and ``weight_decay`` is an ℓ2 coefficient. True, or an `Adaptive` with other constants. The loss must
