@@ -298,10 +298,11 @@ def test_the_order_of_the_forward_pass_counts(wiring) -> None:
 )
 def test_what_is_no_chain_is_refused_in_the_first_forward_pass(wiring, message: str) -> None:
     model = Block(wiring).double()
-    Preconditioner(model, approximation="block_tridiagonal", likelihood="gaussian")
+    pre = Preconditioner(model, approximation="block_tridiagonal", likelihood="gaussian")
     for _ in range(2):
         with pytest.raises(ValueError, match=f"needs a model whose layers are a chain: {message}.*'ekfac'"):
             model(torch.randn(6, 4, dtype=DOUBLE))
+    pre.close()
 
 
 def test_convolutions_are_refused_at_once() -> None:
@@ -313,7 +314,7 @@ def test_convolutions_are_refused_at_once() -> None:
 def test_looking_at_the_chain_goes_unnoticed() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     twin = copy.deepcopy(model)
-    Preconditioner(model, approximation="block_tridiagonal", likelihood="gaussian")
+    pre = Preconditioner(model, approximation="block_tridiagonal", likelihood="gaussian")
     x = torch.randn(8, 3)
     for net in (model, twin):
         torch.manual_seed(5)
@@ -322,6 +323,8 @@ def test_looking_at_the_chain_goes_unnoticed() -> None:
     assert torch.equal(model.noise, twin.noise)
     assert all(torch.equal(b, c) for b, c in zip(model.buffers(), twin.buffers(), strict=True))
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    pre.step()
+    assert int(pre.factors.updates[0]) == 1
 
 
 def test_a_single_layer_is_a_chain() -> None:
