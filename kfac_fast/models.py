@@ -47,9 +47,14 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.DataParallel) and (module is model or len(module.device_ids) > 1):
             raise ValueError("model must not be a DataParallel: its replicas carry no hooks; use one device")
-    if isinstance(model, torch.fx.GraphModule) and not any(node.op == "call_module" for node in model.graph.nodes):
+    if isinstance(model, torch.fx.GraphModule) and not _calls_modules(model):
         raise ValueError("model must not be an exported graph: no module in it is called; use the original")
     return model, model if called is None else called
+
+
+def _calls_modules(model: torch.fx.GraphModule) -> bool:
+    called = [model.get_submodule(str(node.target)) for node in model.graph.nodes if node.op == "call_module"]
+    return any(True for module in called for _ in module.parameters())
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

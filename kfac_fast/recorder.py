@@ -48,9 +48,9 @@ class Recorder:
         self.recomputing: Tape | None = None
 
     def register(self) -> list[RemovableHandle]:
-        """Sets the hooks."""
+        """Sets the hooks, before those of the user, which may change the output."""
         return [
-            module.register_forward_hook(Hook(self, Recorder._after_layer, index), with_kwargs=True)
+            module.register_forward_hook(Hook(self, Recorder._after_layer, index), prepend=True, with_kwargs=True)
             for index, layer in enumerate(self._layers)
             if layer.forward_in_parts(_note_nothing) is None
             for module in layer.modules
