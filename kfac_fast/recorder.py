@@ -31,6 +31,15 @@ class _Here(threading.local):
     paused = False
 
 
+class _Extra(threading.local):
+    """Whose extra pass this thread is in: a model may have several recorders, with tapes of their own open."""
+
+    recorder: Recorder | None = None
+
+
+_extra = _Extra()
+
+
 class Recorder:
     """The hooks on layers.
 
@@ -58,6 +67,8 @@ class Recorder:
 
     def _after_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tape = self.here.tape
+        if _extra.recorder is not None and _extra.recorder is not self:
+            return
         if tape is None:
             tape = self.recomputing
             if tape is None or not tape.take_hidden(index, output):
@@ -90,12 +101,14 @@ class Recorder:
 
     @contextlib.contextmanager
     def onto(self, tape: Tape) -> Iterator[None]:
-        """Inside, calls in this thread are noted on a tape."""
+        """Inside, an extra pass of the model, calls in this thread are noted on a tape, and on no other."""
+        before, _extra.recorder = _extra.recorder, self
         self.here.tape = tape
         try:
             yield
         finally:
             self.here.tape = None
+            _extra.recorder = before
 
     @contextlib.contextmanager
     def in_parts(self) -> Iterator[None]:

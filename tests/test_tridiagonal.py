@@ -305,6 +305,22 @@ def test_what_is_no_chain_is_refused_in_the_first_forward_pass(wiring, message: 
     pre.close()
 
 
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_a_chain_that_changes_later_is_refused(fisher: str) -> None:
+    model = Block(lambda m, x: m.c(m.b(m.a(x)))).double()
+    pre = Preconditioner(model, approximation="block_tridiagonal", likelihood="gaussian", fisher=fisher)
+    x = torch.randn(6, 4, dtype=DOUBLE)
+    half_square(model(x)).backward()
+    pre.step()
+    before = [m.clone() for m in (*pre.approximation.cross.a, *pre.approximation.cross.g, pre.factors.running.data)]
+    model.wiring = lambda m, x: m.c(m.b(m.b(m.a(x))))
+    with pytest.raises(ValueError, match=r"in the order \['a', 'b', 'b', 'c'\], but was a chain .* \['a', 'b', 'c'\]"):
+        half_square(model(x)).backward()
+    pre.step()
+    after = (*pre.approximation.cross.a, *pre.approximation.cross.g, pre.factors.running.data)
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
 def test_convolutions_are_refused_at_once() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="takes chains of Linear layers, but 0 is a Conv2d"):
@@ -325,6 +341,19 @@ def test_looking_at_the_chain_goes_unnoticed() -> None:
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     pre.step()
     assert int(pre.factors.updates[0]) == 1
+
+
+def test_looking_at_the_chain_is_not_seen_by_another_preconditioner() -> None:
+    model, x = chain(4, 5, 3), torch.randn(12, 4, dtype=DOUBLE)
+    options = {"fisher": "exact", "likelihood": "gaussian"}
+    alone, _ = tridiagonal(model, x)
+    alone.close()
+    several = [Preconditioner(model, approximation=a, **options) for a in ("block_tridiagonal", "block_tridiagonal")]
+    half_square(model(x)).backward()
+    for pre in several:
+        pre.update_factors()
+        assert torch.equal(pre.factors.running.data, alone.factors.running.data)
+        assert torch.equal(pre.approximation.cross.g[0], alone.approximation.cross.g[0])
 
 
 def test_a_single_layer_is_a_chain() -> None:

@@ -55,11 +55,13 @@ class CrossFactors(Store):
         self._a_numel = sum(view.numel() for view in self.a)
         self.updates = self._running.new_zeros(1)
         self._held: dict[int, _Held] = {}
+        self._checked: Pass | None = None  # the last pass whose order was that of the chain
         self._dirty = False
         self.reset()
 
     def reset(self) -> None:
         self._held.clear()
+        self._checked = None
         if self._dirty:
             self.sums.zero_()
         self._dirty = False
@@ -69,7 +71,13 @@ class CrossFactors(Store):
         self._held.clear()
 
     def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass) -> None:
-        """Multiplies the rows with those of the neighbours that came before, and keeps them for the others."""
+        """Multiplies the rows with those of the neighbours that came before, and keeps them for the others.
+
+        Raises:
+            ValueError: In this pass the layers did not run in the order of the chain, each once.
+        """
+        if sent is not self._checked:
+            self._check(sent)
         p = self.position[layer]
         own = self._layers[layer]
         neighbours = [q for q in (p - 1, p + 1) if 0 <= q <= len(self.a)]
@@ -91,6 +99,16 @@ class CrossFactors(Store):
                 del self._held[q]
         if held.missing:
             self._held[p] = held
+
+    def _check(self, sent: Pass) -> None:
+        order = sorted(self.position, key=self.position.__getitem__)
+        ran = [layer for layer, _ in sent.uses if layer in self.position]
+        if ran != order:
+            names = [[self._layers[i].name for i in x] for x in (ran, order)]
+            raise ValueError(
+                f"the model ran its layers in the order {names[0]}, but was a chain in the order {names[1]}"
+            )
+        self._checked = sent
 
     def _multiply(self, pair: int, first: _Held, second: _Held) -> None:
         self._dirty = True
