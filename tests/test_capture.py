@@ -84,3 +84,41 @@ def test_shared_weights_take_the_base_update_and_say_so() -> None:
     model[2].weight = model[0].weight
     reasons = {row.name: row.reason for row in KFAC(model).report()}
     assert "shared with a module that differs" in reasons["0.weight"]
+
+
+class Branches(nn.Module):
+    """Towers with nothing in common below, a trunk with a residual, a layer that is used twice, heads that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 4), nn.Linear(3, 4)
+        self.twice = nn.Linear(4, 4)
+        self.top = nn.Linear(4, 2)
+        self.unused = nn.Linear(4, 2)
+        self.lost = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        hidden = torch.tanh(self.left(x * self.scale)) * self.right(x)
+        hidden = hidden + torch.tanh(self.twice(hidden))
+        hidden = self.twice(hidden)
+        self.lost(self.unused(hidden))
+        return self.top(hidden.sin()), "and more"
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_gradients_that_are_not_kept_until_all_are_there(fisher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Branches().double(), torch.randn(6, 3, dtype=DOUBLE)
+    results = []
+    for limit in (2**23, 0):
+        monkeypatch.setattr("kfac_fast.sender.ELEMENTS_AT_ONCE", limit)
+        pre = exact(model, fisher=fisher)
+        for _ in range(3):  # the first pass finds out what is lowest
+            half_square(model(x)[0]).backward()
+            pre.statistics.commit()
+            model.zero_grad()
+        results.append([factor.clone() for factor in pre.factors.running])
+        assert pre.factors.updates.tolist() == [3, 3, 3, 3, 0, 0] * 2
+        pre.close()
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-14)
