@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import damped_inverse, factor_update, precondition, step
+from . import adaptive, damped_inverse, factor_update, precondition, step
 from .harness import HEADER, Row, line, machine, save
 
 SCRIPTS = {
@@ -13,6 +13,7 @@ SCRIPTS = {
     "factor_update": factor_update.run,
     "precondition": precondition.run,
     "step": step.run,
+    "adaptive": adaptive.run,
 }
 
 

@@ -41,8 +41,8 @@ class Adaptive:
             inverses are cheap beside a pass over a large batch, and fresh ones make each step worth more.
         momentum: Whether the last step is part of the next one.
         product_fraction: Part of the batch for products with the exact Fisher (τ₂).
-        gamma: "sqrt" keeps γ = √(λ+η) (sec. 6.3); "search" tries γ and its neighbours every t2 steps (sec. 6.6). On the
-            CURVES autoencoder the search ends higher at equal steps, so "sqrt" is the default.
+        gamma: "search" tries γ and its neighbours every t2 steps (sec. 6.6); "sqrt" keeps γ = √(λ+η) (sec. 6.3), which
+            is behind it after 300 updates (docs/convergence.md).
         gamma_max: Upper end of the search. The paper has none; with products on part of a batch it can run off.
         averaging: Largest weight of the old average of the iterates, in [0, 1) (the paper has 0.99), or None for no
             average.
@@ -53,7 +53,7 @@ class Adaptive:
     t3: int = 5
     momentum: bool = True
     product_fraction: float = 0.25
-    gamma: str = "sqrt"
+    gamma: str = "search"
     gamma_max: float = 100.0
     averaging: float | None = None
 
@@ -150,7 +150,7 @@ class AdaptiveRule:
 
         pre.update_factors()
         if not self.calibrated:
-            self._calibrate(batches, closure, evaluate)
+            self._calibrate(value, batches, closure, evaluate)
         k = pre.steps
         if k % config.t3 == 0 or k < ALWAYS_INVERT_FIRST:
             step = self._invert(batches, search=k > 0 and k % config.t2 == 0)
@@ -183,18 +183,18 @@ class AdaptiveRule:
 
     def _propose(self, batches: list[Batch]) -> Minimum:
         """U with the inverses at hand, and the minimiser over it and δ₀."""
-        self._precondition()
+        linear = [self._precondition()]
         directions = [self._natural]
-        if self.config.momentum and bool(self.last.data.any()):
+        if self.config.momentum and self.last.dot(self.last) > 0:
             directions.append(self.last)
+            linear.append(self._gradient.dot(self.last))
         damping = self.damping + self.weight_decay
         quadratic = self._fisher_forms(batches, directions)
         for i, u in enumerate(directions):
             for j, v in enumerate(directions[: i + 1]):
                 quadratic[i, j] += damping * u.dot(v)
                 quadratic[j, i] = quadratic[i, j]
-        linear = torch.tensor([self._gradient.dot(u) for u in directions], dtype=torch.float64)
-        return minimise_in_span(quadratic, linear)
+        return minimise_in_span(quadratic, torch.tensor(linear, dtype=torch.float64))
 
     def _invert(self, batches: list[Batch], *, search: bool) -> Minimum:
         """`_propose` with new inverses; when searching, with the γ among three that has the lowest M (sec. 6.6)."""
@@ -227,13 +227,15 @@ class AdaptiveRule:
     def _update_inverses(self, gamma: float) -> None:
         self.preconditioner.update_inverses([gamma] * len(self.preconditioner.layers))
 
-    def _precondition(self) -> None:
+    def _precondition(self) -> float:
+        """Writes U; ∇ᵀU."""
         pre = self.preconditioner
-        covered = len(pre.covered)
-        pre.precondition(self._gradient.views[:covered])
+        dots = pre.precondition(self._gradient.views[: len(pre.covered)])
         end = pre.results_flat.numel()
         self._natural.data[:end].copy_(pre.results_flat)
-        torch.div(self._gradient.data[end:], self.damping + self.weight_decay, out=self._natural.data[end:])
+        plain, natural = self._gradient.data[end:], self._natural.data[end:]
+        torch.div(plain, self.damping + self.weight_decay, out=natural)
+        return float(dots.sum()) + float(torch.dot(plain, natural))
 
     def _fisher_forms(self, batches: list[Batch], directions: list[ParameterVector]) -> Tensor:
         capture = self.preconditioner.capture
@@ -252,25 +254,37 @@ class AdaptiveRule:
             terms += weight
         return total / max(terms, 1.0)
 
-    def _calibrate(self, batches: list[Batch], closure: Closure, evaluate: Closure | None) -> None:
-        """Takes the λ of `CALIBRATION` whose first step lowers the loss most; λ is tried downwards while that improves.
+    def _calibrate(self, value: float, batches: list[Batch], closure: Closure, evaluate: Closure | None) -> None:
+        """The smallest λ of `CALIBRATION` whose first step lowers the loss (nearly) most: from 1 down, or else up.
 
-        From far above it the rule of sec. 6.5 would need hundreds of steps to come down, since λ falls by at most 19/20
-        a step.
+        From far off the rule of sec. 6.5 would need hundreds of steps, since λ changes by at most 19/20 a step. Of two
+        that are about as good the bolder one is better later on, where steps are not as large as the first.
         """
-        best, lowest = CALIBRATION[0], math.inf
         self._origin.copy_(self._tensors)
-        for damping in CALIBRATION:
+
+        def gain(damping: float) -> float:
             self.damping = damping
             self._update_inverses(self._balanced_gamma())
             step = self._propose(batches)
             torch._foreach_add_(self._tensors, self._natural.views, alpha=step.natural)
             after = self._loss_now(closure, evaluate)
             self._write(self._origin)
-            if not after < lowest:
+            return value - after if math.isfinite(after) else -math.inf
+
+        start = best = CALIBRATION.index(1.0)
+        most = gain(CALIBRATION[start])
+        for candidate in range(start + 1, len(CALIBRATION)):
+            found = gain(CALIBRATION[candidate])
+            if not found > most - 0.01 * abs(most):
                 break
-            best, lowest = damping, after
-        self.damping = best
+            best, most = candidate, max(most, found)
+        if best == start:
+            for candidate in range(start - 1, -1, -1):
+                found = gain(CALIBRATION[candidate])
+                if not found > most:
+                    break
+                best, most = candidate, found
+        self.damping = CALIBRATION[best]
         self.gamma = self._balanced_gamma()
         self.calibrated = True
 

@@ -17,6 +17,8 @@ Direction = dict[str, Tensor]  # by parameter name
 
 # Linear in their inputs and linear in their parameters.
 _BILINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# A function of one number, applied to all.
+_POINTWISE = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus)
 
 
 class FisherProducts:
@@ -57,12 +59,13 @@ class FisherProducts:
             RuntimeError: A layer has neither a forward-mode rule nor a second derivative; torch names it.
         """
         outputs, tangents = self._differentiate(inputs, directions)
-        mask = self._likelihood.spread(counted)
         forms = torch.empty(len(directions), len(directions), dtype=torch.float64)
         for j in range(len(directions)):
-            product = torch.where(mask, self._likelihood.fisher_product(outputs, tangents[j]), 0.0)
+            product = self._likelihood.fisher_product(outputs, tangents[j])
+            if not bool(counted.all()):
+                product = torch.where(self._likelihood.spread(counted), product, 0.0)
             for i in range(j + 1):
-                forms[i, j] = forms[j, i] = (tangents[i] * product).sum(dtype=torch.float64)
+                forms[i, j] = forms[j, i] = _dot(tangents[i], product)
         return forms / counted.sum().clamp(min=1).double().cpu()
 
     def _differentiate(self, inputs: ModelInputs, directions: Sequence[Direction]) -> tuple[Tensor, list[Tensor]]:
@@ -109,6 +112,8 @@ class FisherProducts:
             mine = {name: moving[id(p)] for name, p in module.named_parameters() if id(p) in moving}
             if type(module) in _BILINEAR:
                 x, tangents = _through_bilinear(module, x, tangents, mine)
+            elif type(module) in _POINTWISE and not getattr(module, "inplace", False):
+                x, tangents = _through_pointwise(module, x, tangents)
             elif mine or tangents is not None:
                 x, tangents = _through_any(module, x, tangents, mine, len(directions), devices)
             else:
@@ -170,6 +175,7 @@ def _through_bilinear(
     """Both y = W x + b and ẏ = Ẇ x + ḃ + W ẋ."""
     apply = nn.functional.linear if type(module) is nn.Linear else module._conv_forward
     weights, biases = moving.get("weight"), moving.get("bias")
+    y = apply(x, module.weight, module.bias)
     result: list[Tensor] | None = None
     if weights is not None:
         shifts: Sequence[Tensor | None] = biases or [None] * len(weights)
@@ -177,12 +183,24 @@ def _through_bilinear(
     if tangents is not None:
         passed = [apply(t, module.weight, None) for t in tangents]
         result = passed if result is None else [r.add_(p) for r, p in zip(result, passed, strict=True)]
-    y = apply(x, module.weight, module.bias)
     if weights is None and biases is not None:
         shape = (-1,) if type(module) is nn.Linear else (-1, *(1,) * len(module.kernel_size))
         moved = [bias.view(shape).expand_as(y).clone() for bias in biases]
         result = moved if result is None else [r + m for r, m in zip(result, moved, strict=True)]
     return y, result
+
+
+def _through_pointwise(
+    module: nn.Module, x: Tensor, tangents: list[Tensor] | None
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Both y = f(x) and ẏ = f'(x) ẋ, with one derivative for all directions."""
+    if tangents is None:
+        return module(x), None
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = module(x)
+        (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return y.detach(), [t.mul_(slope) for t in tangents]
 
 
 def _through_any(
@@ -207,3 +225,9 @@ def _through_any(
             y, tangent = forward_ad.unpack_dual(functional_call(module, duals, (dual,)) if duals else module(dual))
             results.append(torch.zeros_like(y) if tangent is None else tangent)
     return y, results
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype.itemsize < 4:
+        a, b = a.float(), b.float()
+    return torch.dot(a.flatten(), b.flatten())

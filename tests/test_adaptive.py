@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_fast import KFAC, Adaptive, Bernoulli, Categorical, Gaussian, Likelihood
+from kfac_fast import KFAC, Adaptive, Gaussian
 from kfac_fast.adaptive import CALIBRATION, AdaptiveRule
-from kfac_fast.passes import ModelInputs
-from kfac_fast.products import FisherProducts
-from kfac_fast.quadratic import minimise_in_span
+from kfac_fast.quadratic import Minimum, minimise_in_span
 
 DOUBLE = torch.float64
 
@@ -149,46 +147,11 @@ def test_gamma_search_takes_the_lowest_model(monkeypatch: pytest.MonkeyPatch) ->
     assert pi_gamma == pytest.approx(rule.gamma * pi_gamma / min(tried, key=lambda t: t[1])[0])
 
 
-@pytest.mark.parametrize(
-    ("likelihood", "root"),
-    [
-        (Categorical(), lambda z: torch.diag(z.softmax(0)) - torch.outer(z.softmax(0), z.softmax(0))),
-        (Bernoulli(), lambda z: torch.diag(z.sigmoid() * (1 - z.sigmoid()))),
-        (Gaussian(0.5), lambda z: 4 * torch.eye(3, dtype=DOUBLE)),
-    ],
-)
-def test_fisher_forms_are_the_exact_ones(likelihood: Likelihood, root: Callable[[Tensor], Tensor]) -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    x = torch.randn(6, 4, dtype=DOUBLE)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
-    j = torch.cat([jacobian[name].flatten(2) for name in parameters], -1)
-    counted = torch.tensor([True, True, False, True, True, True])
-    fisher = sum(jn.T @ root(z) @ jn for jn, z, c in zip(j, model(x).detach(), counted, strict=True) if c) / 5
-    directions = [{name: torch.randn_like(p) for name, p in parameters.items()} for _ in range(2)]
-    vectors = torch.stack([torch.cat([d[name].flatten() for name in parameters]) for d in directions])
-    forms = FisherProducts(model, likelihood, lambda y: y).forms(ModelInputs((x,), {}, 6), counted, directions)
-    assert torch.allclose(forms, vectors @ fisher @ vectors.T, atol=1e-12)
-
-
-def test_products_leave_buffers_and_generators_alone() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
-    before = copy.deepcopy(model.state_dict())
-    state = torch.get_rng_state()
-    directions = [{name: torch.randn_like(p) for name, p in model.named_parameters()}]
-    torch.set_rng_state(state)
-    counted = torch.ones(6, dtype=torch.bool)
-    x = torch.randn(6, 4, dtype=DOUBLE)
-    state = torch.get_rng_state()
-    FisherProducts(model, Gaussian(), lambda y: y).forms(ModelInputs((x,), {}, 6), counted, directions)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
-
-
-def network_and_optimizer(**options: object) -> tuple[nn.Module, KFAC]:
+def network_and_optimizer(gamma: str = "sqrt", **options: object) -> tuple[nn.Module, KFAC]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
-    return model, KFAC(model, adaptive=Adaptive(t1=2, t2=4, averaging=0.9), **options)  # type: ignore[arg-type]
+    config = Adaptive(t1=2, t2=4, t3=2, gamma=gamma, averaging=0.9)
+    return model, KFAC(model, adaptive=config, **options)  # type: ignore[arg-type]
 
 
 def train(model: nn.Module, optimizer: KFAC, steps: range) -> list[float]:
@@ -227,19 +190,48 @@ def test_auto_damping_is_found_on_the_first_batch() -> None:
     assert optimizer.stats()["damping"] < CALIBRATION[0]
 
 
-@pytest.mark.parametrize("stop", [1, 5, 8])
-def test_resume_is_bit_exact(stop: int) -> None:
+@pytest.mark.parametrize("best", [10.0, 1.0, 0.1, CALIBRATION[-1], CALIBRATION[0]])
+def test_calibration_climbs_from_the_middle(best: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the λ with the lowest loss, and not a step further than it must."""
     model, optimizer = network_and_optimizer()
+    rule = optimizer.rule
+    tried: list[float] = []
+
+    def loss_now(self: AdaptiveRule, closure: object, evaluate: object) -> float:
+        if not self.calibrated:
+            tried.append(self.damping)
+            return abs(math.log10(self.damping / best)) if self.damping >= 0.01 or best < 0.01 else math.nan
+        return 1.0
+
+    before = flat(model)
+    monkeypatch.setattr(AdaptiveRule, "_loss_now", loss_now)
+    monkeypatch.setattr(AdaptiveRule, "_propose", lambda self, batches: Minimum(0.0, 0.0, -1.0))
+    train(model, optimizer, range(1))
+    assert rule.damping == pytest.approx(best)
+    assert len(tried) == len(set(tried))
+    assert tried[0] == 1.0
+    assert all(min(best, 1.0) / 10.1 <= x <= max(best, 1.0) * 10.1 for x in tried)
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("gamma", ["sqrt", "search"])
+@pytest.mark.parametrize("stop", [1, 4, 5, 8])
+def test_resume_is_bit_exact(stop: int, gamma: str) -> None:
+    """Also right before a search for γ (4, 8) and between two."""
+    model, optimizer = network_and_optimizer(gamma)
     train(model, optimizer, range(12))
-    expected = flat(model)
-    model, optimizer = network_and_optimizer()
+    expected, figures = flat(model), optimizer.stats()
+    model, optimizer = network_and_optimizer(gamma)
     train(model, optimizer, range(stop))
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    model, optimizer = network_and_optimizer()
+    model, optimizer = network_and_optimizer(gamma)
     model.load_state_dict(weights)
     optimizer.load_state_dict(state)
     train(model, optimizer, range(stop, 12))
     assert torch.equal(flat(model), expected)
+    assert optimizer.stats() == figures
+    if gamma == "search":
+        assert optimizer.rule.gamma != math.sqrt(optimizer.rule.damping)
 
 
 def test_a_step_into_nan_is_taken_back_bit_for_bit() -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+from ..harness import machine
 from .contenders import CONTENDERS, Contender, Setting
 from .problems import FULL_AT, PROBLEMS, Problem
-from .training import Run, Training
+from .report import draw, table
+from .training import Run, Training, write_json
 
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
@@ -22,8 +25,8 @@ SEEDS = (0, 1, 2)
 class Comparison:
     """The runs of one problem, scaled by ``budget``, until a deadline."""
 
-    def __init__(self, problem: Problem, folder: Path, budget: float, deadline: float) -> None:
-        self.problem, self.folder, self.deadline = problem, folder, deadline
+    def __init__(self, problem: Problem, folder: Path, budget: float, deadline: float, *, timed: bool) -> None:
+        self.problem, self.folder, self.deadline, self.timed = problem, folder, deadline, timed
         self.scale = lambda updates: max(2, round(updates * budget))
 
     def training(self, contender: Contender, setting: Setting, seed: int) -> Training:
@@ -52,7 +55,8 @@ class Comparison:
 
     def final(self, contender: Contender, setting: Setting, seed: int) -> Run | None:
         training = self.training(contender, setting, seed)
-        return training.run if training.advance(self.scale(contender.updates), self.deadline) else None
+        reached = training.advance(self.scale(contender.updates), self.deadline, timed=self.timed)
+        return training.run if reached else None
 
 
 def main() -> None:
@@ -62,14 +66,18 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.0, help="fraction of all updates, for a short run")
     parser.add_argument("--piece", type=float, default=float("inf"), help="stop after about this many seconds")
     parser.add_argument("--tune-only", action="store_true", help="only choose settings; seconds do not matter there")
+    parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="of the final runs; default: all")
+    parser.add_argument("--untimed", action="store_true", help="other work runs beside: the seconds mean nothing")
     parser.add_argument("--folder", type=Path, default=Path("build/convergence"), help="where runs wait")
-    parser.add_argument("--out", type=Path, default=None, help="JSON of the results; default: in the folder")
+    parser.add_argument("--json", type=Path, default=Path("build/convergence.json"), help="where the results go")
+    parser.add_argument("--pictures", type=Path, default=Path("build"), help="folder of the pictures")
     options = parser.parse_args()
     folder = options.folder / f"budget-{options.budget:g}"
     deadline = time.monotonic() + options.piece
     complete = True
+    results = {"machine": machine(), "seeds": SEEDS, "tuning_seed": TUNING_SEED, "budget": options.budget}
     for problem in options.problem or PROBLEMS:
-        comparison = Comparison(PROBLEMS[problem], folder, options.budget, deadline)
+        comparison = Comparison(PROBLEMS[problem], folder, options.budget, deadline, timed=not options.untimed)
         tuned: list[Run] = []
         runs: list[Run] = []
         for contender in (CONTENDERS[name] for name in options.contender or CONTENDERS):
@@ -79,14 +87,21 @@ def main() -> None:
             if setting is None:
                 complete = False
             elif not options.tune_only:
-                for seed in SEEDS:
+                for seed in options.seed or SEEDS:
                     run = comparison.final(contender, setting, seed)
                     complete &= run is not None
                     if run is not None:
                         print(f"  seed {seed}: {run.final:.2f} after {run.finished} updates, {run.spent:.1f} s")
                         runs.append(run)
+        results[problem] = {"runs": [asdict(run) for run in runs], "tuning": [asdict(run) for run in tuned]}
+        if runs and complete:
+            print(table(runs))
+            draw(options.pictures / f"convergence_{problem}.png", PROBLEMS[problem].title, runs)
     if not complete:
         sys.exit(3)
+    if not options.tune_only:
+        write_json(options.json, results)
+        print(f"results in {options.json}, pictures in {options.pictures}/")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kfac_fast import GrowingBatches
 
-from .contenders import Contender, Setting
+from .contenders import Contender, Setting, Trainer
 from .problems import FULL_AT, Problem
 
 
@@ -24,11 +24,11 @@ class Run:
     """Losses on the whole training set; entry i was measured after ``updates[i]`` updates.
 
     Attributes:
-        seconds: Spent in updates: forward, backward and the optimizer, without picking batches and measuring. They
-            mean something only if nothing else ran beside.
+        seconds: Spent in updates: forward, backward and the optimizer, without picking batches and measuring.
         threads: Of torch.
         finished: Updates made.
         diverged: Whether a loss was not finite; the run ends there.
+        timed: Whether nothing else ran beside, so that the seconds mean something.
     """
 
     problem: str
@@ -42,6 +42,7 @@ class Run:
     finished: int = 0
     spent: float = 0.0
     diverged: bool = False
+    timed: bool = False
 
     @property
     def final(self) -> float:
@@ -84,7 +85,7 @@ class Training:
         if self.path.exists():
             self.run = Run(**torch.load(self.path, weights_only=True)["run"])
 
-    def advance(self, until: int, deadline: float) -> bool:
+    def advance(self, until: int, deadline: float, *, timed: bool = False) -> bool:
         """Trains up to an update or until ``time.monotonic()`` passes the deadline; whether the update was reached."""
         if self.done(until):
             return True
@@ -97,8 +98,9 @@ class Training:
             model.load_state_dict(stored["model"])
             trainer.load_state_dict(stored["trainer"])
         else:
-            self._measure(model, images)
+            self._measure(model, trainer, images)
         run.threads = torch.get_num_threads()
+        run.timed = timed and (run.timed or not run.finished)
         batches = GrowingBatches(len(images), problem.first_batch, full_at=self.full_at, seed=run.seed)
         while not self.done(until) and time.monotonic() < deadline:
             k = run.finished + 1
@@ -118,7 +120,7 @@ class Training:
             run.spent += time.perf_counter() - start
             run.finished = k
             if measured_after(k) or k == until:
-                self._measure(model, images)
+                self._measure(model, trainer, images)
         self._save(model, trainer)
         return self.done(until)
 
@@ -126,9 +128,10 @@ class Training:
         return self.run.diverged or self.run.finished >= until
 
     @torch.no_grad()
-    def _measure(self, model: torch.nn.Module, images: Tensor) -> None:
+    def _measure(self, model: torch.nn.Module, trainer: Trainer, images: Tensor) -> None:
         run = self.run
-        loss = float(self.problem.loss(model(images), images))
+        with trainer.shown():
+            loss = float(self.problem.loss(model(images), images))
         if not math.isfinite(loss):
             run.diverged = True
             return
@@ -138,7 +141,7 @@ class Training:
         run.seconds.append(run.spent)
         run.loss.append(loss)
 
-    def _save(self, model: torch.nn.Module, trainer: Any) -> None:
+    def _save(self, model: torch.nn.Module, trainer: Trainer) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         torch.save({"run": asdict(self.run), "model": model.state_dict(), "trainer": trainer.state_dict()}, temporary)

@@ -56,7 +56,9 @@ def compete(task: Task, console: Console) -> list[list[Run]]:
         with Progress(*columns, console=console) as progress:
             bars = [
                 progress.add_task(
-                    f"{task.name}: {contender.name}", total=task.steps * len(contender.rates), start=False
+                    f"{task.name}: {contender.name}",
+                    total=task.steps * contender.longer * len(contender.rates),
+                    start=False,
                 )
                 for contender in task.contenders
             ]
@@ -66,7 +68,7 @@ def compete(task: Task, console: Console) -> list[list[Run]]:
                 runs.append([])
                 for i, rate in enumerate(contender.rates, start=1):
                     runs[-1].append(train(task, contender, rate, on_step=lambda bar=bar: progress.advance(bar)))
-                    progress.update(bar, completed=i * task.steps)  # a run that diverged ends early
+                    progress.update(bar, completed=i * task.steps * contender.longer)  # a run that diverged ends early
                 progress.stop_task(bar)
     finally:
         torch.set_num_threads(threads)

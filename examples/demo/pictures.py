@@ -84,10 +84,13 @@ def draw_reconstructions(path: Path, task: Task, shown: list[Run], columns: int 
 
 
 def _draw(axes: Axes, lines: list[tuple[Run, Sequence[float], Sequence[float]]], xlabel: str, ylabel: str) -> None:
+    longest = lines[0][1][-1]  # the others may have had more steps
     for run, x, y in reversed(lines):  # the first contender is drawn last, on top
+        shown = sum(value <= longest for value in x)
+        x, y = x[:shown], y[:shown]
         heavy = run is lines[0][0]
         axes.plot(x, y, label=run.contender, color=COLOURS[run.contender], lw=3 if heavy else 1.8)
-        if run.diverged_at is not None:
+        if run.diverged_at is not None and shown == len(run.steps):
             axes.plot(x[-1], y[-1], "x", color=COLOURS[run.contender], ms=9, mew=2)
     axes.set_xlabel(xlabel)
     axes.set_title(ylabel, loc="left", fontsize=14, color=MUTED)

@@ -25,15 +25,16 @@ def print_task(console: Console, task: Task, shown: list[Run]) -> None:
     table.add_column("best\nrate", justify="right")
     for mark in task.marks:
         table.add_column(f"loss at\nstep {mark}", justify="right")
+    table.add_column(f"loss after\n{shown[0].seconds[-1]:.1f} s", justify="right")
     table.add_column(task.score_name.replace(" ", "\n"), justify="right")
     for goal in task.goals:
         table.add_column(f"s to\n{goal:g}", justify="right")
     table.add_column("ms /\nstep", justify="right")
     for run in shown:
-        table.add_row(*_row(task, run), style="bold" if run is shown[0] else "")
+        table.add_row(*_row(task, run, shown[0].seconds[-1]), style="bold" if run is shown[0] else "")
     if task.plateau is not None:
         name, loss = task.plateau
-        table.add_row(name, "", *[_number(loss)] * len(task.marks), style="dim")
+        table.add_row(name, "", *[_number(loss)] * (len(task.marks) + 1), style="dim")
     console.print(table)
     console.print("", *notes(task, shown), sep="\n", style="dim", highlight=False)
 
@@ -47,24 +48,32 @@ def notes(task: Task, shown: list[Run]) -> list[str]:
     for contender in task.contenders:
         rates = ", ".join(_rate(rate) for rate in contender.rates)
         best_of = "best of learning rates" if len(contender.rates) > 1 else "learning rate"
-        lines.append(f"{contender.name}: {', '.join(filter(None, [contender.settings, f'{best_of} {rates}']))}")
+        settings = [contender.settings, f"{best_of} {rates}"]
+        if contender.longer > 1:
+            settings.append(f"{contender.longer} times K-FAC's steps, for equal seconds")
+        lines.append(f"{contender.name}: {', '.join(filter(None, settings))}")
     return [*lines, verdict(task, shown)]
 
 
 def verdict(task: Task, shown: list[Run]) -> str:
-    """Where K-FAC's loss stands against the best rival's, after equal numbers of steps."""
+    """Where K-FAC's loss stands against the best rival's, after equal numbers of steps and after equal seconds."""
     kfac, *rivals = shown
-    ahead = [
-        step
+    steps = [
+        all(loss < rival for run in rivals if (rival := run.at(run.loss, step)) is not None)
         for step, loss in zip(kfac.steps[1:], kfac.loss[1:], strict=True)
-        if all(loss < rival for run in rivals if (rival := run.at(run.loss, step)) is not None)
     ]
-    measured = len(kfac.steps) - 1
-    text = f"K-FAC has the lowest loss at {len(ahead)} of the {measured} measured steps"
+    seconds = [
+        all(loss < run.after(spent) for run in rivals)
+        for spent, loss in zip(kfac.seconds[1:], kfac.loss[1:], strict=True)
+    ]
+    text = (
+        f"K-FAC has the lowest loss at {sum(steps)} of the {len(steps)} measured steps, and after equal seconds at "
+        f"{sum(seconds)}"
+    )
     if task.plateau is not None:
         name, plateau = task.plateau
-        below = [run.contender for run in shown if run.loss[-1] < 0.98 * plateau]
-        text += f"; more than 2 % below the {name}'s {plateau:.1f} at the end: {', '.join(below) or 'nobody'}"
+        below = [run.contender for run in shown if run.after(kfac.seconds[-1]) < 0.98 * plateau]
+        text += f"; more than 2 % below the {name}'s {plateau:.1f} by then: {', '.join(below) or 'nobody'}"
     return text + "."
 
 
@@ -104,13 +113,14 @@ def _part(task: Task, runs: list[Run]) -> dict:
     }
 
 
-def _row(task: Task, run: Run) -> list[str]:
+def _row(task: Task, run: Run, seconds: float) -> list[str]:
     score = _number(run.score[-1]) if run.diverged_at is None else "diverged"
     milliseconds = 1000 * run.seconds[-1] / run.steps[-1] if run.steps[-1] else None
     return [
         run.contender,
         _rate(run.rate),
         *(_number(run.at(run.loss, mark)) for mark in task.marks),
+        _number(run.after(seconds)),
         score,
         *(_number(run.seconds_to(goal), 2) for goal in task.goals),
         _number(milliseconds, 1),

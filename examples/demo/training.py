@@ -22,6 +22,7 @@ class Contender:
     make: Callable[[nn.Module, float], Optimizer]
     rates: tuple[float, ...]
     settings: str  # what else the optimizer was given, in words
+    longer: int = 1  # times as many steps, so that a cheap step has as many seconds
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,13 @@ class Run:
         """Seconds until the loss was first measured at or below ``goal``, if it ever was."""
         return next((seconds for seconds, loss in zip(self.seconds, self.loss, strict=True) if loss <= goal), None)
 
+    def after(self, seconds: float) -> float:
+        """The last loss measured within these seconds."""
+        return [loss for spent, loss in zip(self.seconds, self.loss, strict=True) if spent <= seconds][-1]
+
 
 def train(task: Task, contender: Contender, rate: float, on_step: Callable[[], None]) -> Run:
-    """Trains for ``task.steps`` steps, or until the loss is no longer finite.
+    """Trains for ``task.steps`` steps (times ``contender.longer``), or until the loss is no longer finite.
 
     The seconds count forward pass, backward pass and update. They leave out picking the batch and measuring. The
     optimizer gets a closure, which every torch optimizer takes and one that tries a step before it settles needs.
@@ -94,7 +99,8 @@ def train(task: Task, contender: Contender, rate: float, on_step: Callable[[], N
     run = Run(contender.name, rate, model)
     run.measure(task, 0, 0.0)
     seconds = 0.0
-    for step, indices in enumerate(batches(len(task.train[0]), task.batch, task.steps), start=1):
+    steps = task.steps * contender.longer
+    for step, indices in enumerate(batches(len(task.train[0]), task.batch, steps), start=1):
         inputs, targets = (data[indices] for data in task.train)
 
         def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
@@ -109,7 +115,7 @@ def train(task: Task, contender: Contender, rate: float, on_step: Callable[[], N
         on_step()
         if not math.isfinite(loss.item()):
             run.diverged_at = step
-        elif step % task.measure_every == 0 or step == task.steps:
+        elif step % task.measure_every == 0 or step == steps:
             run.measure(task, step, seconds)
         if run.diverged_at is not None:
             break
