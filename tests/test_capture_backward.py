@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from kfac_fast import Categorical, Preconditioner
 from kfac_fast.layers.linear import LinearLayer
 
-
 needs_second_pass = pytest.mark.skipif(
     not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
     reason="torch 2.6 can't tell whether a graph may be used again; statistics come from the first backward pass",
