@@ -48,7 +48,7 @@ class KFAC(ResumableOptimizer):
     plain gradient; `report` names them all.
 
     Args:
-        model: The module whose outputs the loss is computed from. Make the optimizer before ``torch.compile``.
+        model: The module whose outputs the loss is computed from. It may be compiled, before or after.
         params: Parameters, groups or named parameters as ``torch.optim`` takes them; None is all that require grad.
             Groups may have their own ``lr``, ``momentum``, ``nesterov``, ``damping``, ``weight_decay``, ``kl_clip``.
         lr: Learning rate, > 0; a number or a one-element tensor. Natural gradients have a scale of their own, and the
