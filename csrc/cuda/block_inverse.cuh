@@ -121,6 +121,7 @@ __device__ void load_lower(const T* in,  // [n, n]
       tile[in_tile(row % kPanel, column % kPanel)] = value;
       if (i == j) tile[in_tile(column % kPanel, row % kPanel)] = value;
     }
+    __syncwarp();  // a row's loads are one request if the warp comes together again
   }
 }
 

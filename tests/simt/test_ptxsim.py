@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ptx_device import BF16, F16, F32, F64, PtxDevice, ptxsim
+from launches import BF16, F16, F32, F64
+from ptx_device import PtxDevice, ptxsim
 
 from kfac_fast import _C
 
