@@ -23,7 +23,7 @@ TOOLS_STAMP := $(VENV)/.tools-$(call hash,$(TORCH))
 BUILD_STAMP := $(VENV)/.built-$(call hash,$(TORCH) $(KFAC_FAST_CUDA) $(CUDAARCHS))
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find csrc -type f)
 
-.PHONY: help demo test test-full bench docs wheel sdist lint format clean
+.PHONY: help demo test test-full gpu bench docs wheel sdist lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +36,9 @@ test: $(BUILD_STAMP) ## the tests (sampled sizes)
 
 test-full: $(BUILD_STAMP) ## the tests with the exhaustive sweeps
 	$(BIN)/python -m pytest --full
+
+gpu: $(BUILD_STAMP) ## on a machine with a GPU: tests, sanitizer and benchmarks there, in build/gpu-report.md
+	$(BIN)/python tests/gpu/report.py build/gpu-report.md
 
 bench: $(BUILD_STAMP) ## benchmarks against torch; run nothing else beside them
 	$(BIN)/python -m bench

@@ -25,12 +25,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also the exhaustive sweeps (make test-full)")
 
 
+# Modules whose tests run a second time with the CUDA kernels, simulated, in place of the CPU's; `make test` takes one
+# test in so many of them.
+ON_SIMULATED_CUDA = (
+    "test_optimizer",
+    "test_capture",
+    "test_adaptive",
+    "test_fisher",
+    "test_fraction",
+    "test_checkpoint",
+)
+SAMPLE = 4
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__ in ON_SIMULATED_CUDA:
+        metafunc.parametrize("kernels", ["own", "simulated-cuda"], indirect=True)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--full"):
         return
+    simulated = [item for item in items if on_simulated_cuda(item)]
+    sampled = simulated[::SAMPLE]
     for item in items:
-        if "full" in item.keywords:
+        if "full" in item.keywords or (on_simulated_cuda(item) and item not in sampled):
             item.add_marker(pytest.mark.skip(reason="exhaustive: make test-full"))
+
+
+def on_simulated_cuda(item: pytest.Item) -> bool:
+    return (
+        isinstance(item, pytest.Function)
+        and getattr(item, "callspec", None) is not None
+        and (item.callspec.params.get("kernels") == "simulated-cuda")
+    )
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernels that a test's CPU tensors get; only ON_SIMULATED_CUDA has a choice."""
+    if getattr(request, "param", "own") == "own":
+        yield
+        return
+    with cpu_table(request.getfixturevalue("simulator").table):
+        yield
 
 
 @pytest.fixture(autouse=True)

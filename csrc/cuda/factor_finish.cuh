@@ -21,8 +21,7 @@ __device__ T decayed(T keep, T before, T added) {
 }
 
 // What becomes of a CTA's tile of products: one of the chunks of S, or, where there is a single one, part of C on both
-// sides of the diagonal. `visit` calls its argument with (row, column, value) for the elements of the calling thread.
-// They pass through shared memory, [64, kSide + 1] at a time, so that neighbouring threads write neighbouring elements.
+// sides of the diagonal. `visit` and `staged`: see hand_around.
 template <int kSide, int kThreads, typename T, typename Visit>
 __device__ void finish_tile(const RowsEntry& rows, const RowsItem& item, const FinishArguments<T>& to, T* staged,
                             Visit&& visit) {
@@ -31,37 +30,30 @@ __device__ void finish_tile(const RowsEntry& rows, const RowsItem& item, const F
   const T keep = to.decay[rows.index], add = to.scale[rows.index];
   T* const c = to.factors + rows.factor;
   T* const partial = to.partials + item.partial;
+  const int row0 = item.ti * kSide, column0 = item.tj * kSide;
   bool bad = false;
-  for (int first = 0; first < kSide; first += kPass) {
-    __syncthreads();  // what the memory held before is done with
-    visit([&](int row, int column, T value) {
-      if (row >= first && row < first + kPass) staged[(row - first) * kStride + column] = value;
-    });
-    __syncthreads();
-    const int row0 = item.ti * kSide + first, column0 = item.tj * kSide;
-#pragma unroll 4
-    for (int e = static_cast<int>(threadIdx.x); e < kPass * kSide; e += kThreads) {
-      const int r = e / kSide, row = row0 + r, column = column0 + e % kSide;
-      if (row >= rows.size || column > row) continue;
-      T& value = staged[r * kStride + e % kSide];
-      if (whole) {
-        T* const at = c + static_cast<int64_t>(row) * rows.size + column;
-        bad = bad || !isfinite(value);
-        *at = value = decayed(keep, *at, add * value);
-      } else {
-        partial[(first + r) * kSide + e % kSide] = value;
-      }
+  const auto write = [&](int r, int k, T& value) {
+    const int row = row0 + r, column = column0 + k;
+    if (row >= rows.size || column > row) return;
+    if (whole) {
+      T* const at = c + static_cast<int64_t>(row) * rows.size + column;
+      bad = bad || !isfinite(value);
+      *at = value = decayed(keep, *at, add * value);
+    } else {
+      partial[r * kSide + k] = value;
     }
-    if (!whole) continue;
+  };
+  hand_around<kSide, kThreads>(staged, visit, write, [&](int first) {
+    if (!whole) return;
     __syncthreads();
 #pragma unroll 4
     for (int e = static_cast<int>(threadIdx.x); e < kPass * kSide; e += kThreads) {  // the mirror image
-      const int r = e % kPass, row = row0 + r, column = column0 + e / kPass;
+      const int row = row0 + first + e % kPass, column = column0 + e / kPass;
       if (row < rows.size && column < row) {
-        c[static_cast<int64_t>(column) * rows.size + row] = staged[r * kStride + e / kPass];
+        c[static_cast<int64_t>(column) * rows.size + row] = staged[e % kPass * kStride + e / kPass];
       }
     }
-  }
+  });
   if (__syncthreads_or(bad) && threadIdx.x == 0) atomicOr(to.nonfinite + rows.index, 1);
 }
 

@@ -69,9 +69,9 @@ struct Layout {
   }
 
   // 16-bit rows are multiplied as they are, exactly. Weights make them numbers that 16 bits don't hold.
-  static Kind kind(const Rows& rows, bool tensor_cores) {
-    if (sizeof(T) > 4 || !tensor_cores) return kFma;
-    if (rows.dtype == DType::f32) return kTf32;
+  static Kind kind(const Rows& rows, int capability) {
+    if (sizeof(T) > 4 || capability < 80) return kFma;
+    if (rows.dtype == DType::f32) return three_tf32_products_pay(capability) ? kTf32 : kFma;
     if (rows.weights != nullptr) return kFma;
     return rows.dtype == DType::f16 ? kHalf : kBfloat16;
   }
@@ -85,7 +85,7 @@ struct Layout {
 
   Layout(const FactorUpdate& op, const Context& memory, int device) : arena(memory) {
     const int count = op.plan.count();
-    const bool tensor_cores = compute_capability(device) >= 80;
+    const int capability = compute_capability(device);
     int conv_count = 0;
     for (int i = 0; i < count; ++i) conv_count += op.rows[i].conv != nullptr;
     entries = arena.table<RowsEntry>(count);
@@ -102,7 +102,7 @@ struct Layout {
       int32_t items = 0;
       for (const int32_t block : op.plan.by_decreasing_size()) {
         const Rows& rows = op.rows[block];
-        if (kind(rows, tensor_cores) != c / 3 || side(op.plan.size(block), Kind{c / 3}) != kSides[c % 3]) continue;
+        if (kind(rows, capability) != c / 3 || side(op.plan.size(block), Kind{c / 3}) != kSides[c % 3]) continue;
         RowsEntry entry = make_entry(op, block, kSides[c % 3], partial_numel);
         if (entry.chunks > 1) {
           partial_numel += static_cast<int64_t>(entry.chunks) * lower_pairs(entry.tiles) * entry.side * entry.side;

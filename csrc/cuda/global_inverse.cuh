@@ -169,10 +169,11 @@ struct TileLoader {
   const T* data;
   LoadSlots<GlobalTile<T>> slots;  // along_k: transposed
 
-  __device__ __forceinline__ void load(T (&values)[GlobalTile<T>::kLoads], int64_t k0) const {
+  template <int kCount>
+  __device__ __forceinline__ void load(T (&values)[kCount], int64_t k0, int first) const {
 #pragma unroll
-    for (int i = 0; i < GlobalTile<T>::kLoads; ++i) {
-      const int k = static_cast<int>(k0) + slots.k(i), column = slots.column(i);
+    for (int i = 0; i < kCount; ++i) {
+      const int k = static_cast<int>(k0) + slots.k(first + i), column = slots.column(first + i);
       values[i] = slots.along_k ? data[column * kGlobalSide + k] : data[k * kGlobalSide + column];
     }
   }

@@ -82,6 +82,11 @@ inline int compute_capability(int device) {
   return 10 * major + minor;
 }
 
+// Whether three TF32 products beat FMA: only where TF32 is more than three times as fast, not on 8.6, 8.9 and 12.0.
+inline bool three_tf32_products_pay(int capability) {
+  return capability == 80 || capability / 10 == 9 || capability / 10 == 10;
+}
+
 // Makes ctx.device current for the duration of a call.
 class DeviceGuard {
  public:

@@ -92,13 +92,14 @@ inline void load_matrices(uint32_t (&words)[4], const void* row) {
       &own);
 }
 
-// Copies 16 bytes from global to shared memory, or writes zeros, in the background. copy_commit closes a group of
+// Copies 4 or 16 bytes from global to shared memory, or writes zeros, in the background. copy_commit closes a group of
 // copies; copy_wait<n> waits until at most n of this thread's groups are under way.
-inline void copy_async(void* shared, const void* global, bool copy) {
+template <int kBytes>
+void copy_async(void* shared, const void* global, bool copy) {
   if (copy) {
-    std::memcpy(shared, global, 16);
+    std::memcpy(shared, global, kBytes);
   } else {
-    std::memset(shared, 0, 16);
+    std::memset(shared, 0, kBytes);
   }
 }
 inline void copy_commit() {}
@@ -123,11 +124,16 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* 
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
 }
+template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool copy) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-      "l"(__cvta_generic_to_global(global)), "r"(copy ? 16 : 0)
-      : "memory");
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const size_t from = __cvta_generic_to_global(global);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copy ? 16 : 0) : "memory");
+  } else {
+    static_assert(kBytes == 4);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(copy ? 4 : 0) : "memory");
+  }
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
@@ -142,7 +148,8 @@ __device__ inline void mma_tf32(float (&)[4], const uint32_t (&)[4], const uint3
 __device__ inline void mma_f16(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {}
 __device__ inline void mma_bf16(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {}
 __device__ inline void load_matrices(uint32_t (&)[4], const void*) {}
-__device__ inline void copy_async(void*, const void*, bool) {}
+template <int kBytes>
+__device__ void copy_async(void*, const void*, bool) {}
 __device__ inline void copy_commit() {}
 template <int kGroups>
 __device__ void copy_wait() {}

@@ -1,6 +1,8 @@
 // factor_update's operand: the rows of X of one block, wherever they come from.
 #pragma once
 
+#include <type_traits>
+
 #include "tile.cuh"
 
 namespace kfac_fast {
@@ -92,7 +94,8 @@ __device__ inline bool pad_position(PaddingMode mode, int64_t size, int64_t& pos
 }
 
 // Brings in sqrt(w_k) X[k, column0 + ...] for the rows k before `end`.
-template <typename Tile, typename T, int kLoads = Tile::kLoads>
+// E: type of the rows where it is known, else void.
+template <typename Tile, typename T, typename E = void>
 struct RowsLoader {
   const RowsEntry& rows;
   const Conv* conv;            // null for plain rows
@@ -101,20 +104,14 @@ struct RowsLoader {
   int64_t end;
   LoadSlots<Tile> slots;
 
-  __device__ __forceinline__ void load(T (&values)[kLoads], int64_t k0) const {
-    if constexpr (sizeof(T) == sizeof(double)) {
-      load(values, k0, static_cast<double*>(nullptr));
+  template <int kCount>
+  __device__ __forceinline__ void load(T (&values)[kCount], int64_t k0, int first) const {
+    if constexpr (!std::is_void_v<E>) {
+      load_typed(values, k0, first, static_cast<E*>(nullptr));
+    } else if constexpr (sizeof(T) == sizeof(double)) {
+      load_typed(values, k0, first, static_cast<double*>(nullptr));
     } else {
-      with_single_dtype(rows.dtype, [&](auto* type) { load(values, k0, type); });
-    }
-  }
-
-  template <typename E>
-  __device__ __forceinline__ void load(T (&values)[kLoads], int64_t k0, E* type) const {
-    if (conv != nullptr) {
-      load_patches(values, k0, type);
-    } else {
-      load_rows(values, k0, type);
+      with_single_dtype(rows.dtype, [&](auto* type) { load_typed(values, k0, first, type); });
     }
   }
 
@@ -123,13 +120,22 @@ struct RowsLoader {
     return rows.weights == nullptr ? T(1) : square_root(static_cast<const T*>(rows.weights)[row]);
   }
 
-  template <typename E>
-  __device__ __forceinline__ void load_rows(T (&values)[kLoads], int64_t k0, E*) const {
-    const E* const data = static_cast<const E*>(rows.data);
+  template <int kCount, typename S>
+  __device__ __forceinline__ void load_typed(T (&values)[kCount], int64_t k0, int first, S* type) const {
+    if (conv != nullptr) {
+      load_patches(values, k0, first, type);
+    } else {
+      load_rows(values, k0, first, type);
+    }
+  }
+
+  template <int kCount, typename S>
+  __device__ __forceinline__ void load_rows(T (&values)[kCount], int64_t k0, int first, S*) const {
+    const S* const data = static_cast<const S*>(rows.data);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int64_t row = k0 + slots.k(i);
-      const int column = column0 + slots.column(i);
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t row = k0 + slots.k(first + i);
+      const int column = column0 + slots.column(first + i);
       values[i] = T(0);
       if (row >= end || column >= rows.size) continue;
       values[i] = column < rows.d ? load_as<T>(data + row * rows.row_stride + column * rows.col_stride) : T(1);
@@ -138,8 +144,8 @@ struct RowsLoader {
   }
 
   // Loads run along k: the output positions of a row of the image are neighbours in memory, patch columns are not.
-  template <typename E>
-  __device__ __forceinline__ void load_patches(T (&values)[kLoads], int64_t k0, E*) const {
+  template <int kCount, typename S>
+  __device__ __forceinline__ void load_patches(T (&values)[kCount], int64_t k0, int first, S*) const {
     const int64_t row = k0 + slots.k(0);
     const int64_t positions = conv->out[0] * conv->out[1] * conv->out[2];
     // Divisions of 32 bits take a fraction of the time.
@@ -153,18 +159,18 @@ struct RowsLoader {
       corner[axis] = rest % out * conv->stride[axis];
       rest /= out;
     }
-    const E* const data = static_cast<const E*>(rows.data) + image * conv->batch_stride;
+    const S* const data = static_cast<const S*>(rows.data) + image * conv->batch_stride;
     const T weight = row < end ? root_weight(row) : T(0);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int column = column0 + slots.column(i);
+    for (int i = 0; i < kCount; ++i) {
+      const int column = column0 + slots.column(first + i);
       values[i] = T(0);
       if (row >= end || column >= rows.size) continue;
       if (column == rows.d) {
         values[i] = weight;
         continue;
       }
-      const PatchColumn& patch = columns[slots.column(i)];
+      const PatchColumn& patch = columns[slots.column(first + i)];
       int64_t at = patch.offset;
       bool inside = true;
 #pragma unroll

@@ -164,19 +164,17 @@ struct Tile {
   __device__ static int column(int c) { return group(static_cast<int>(threadIdx.x) % kThreadsPerSide, c / 4) + c % 4; }
 };
 
-// Where a thread's loads go, from its load number `first` on: along the columns of the operand (coalesced for row-major
-// data), or along k.
+// Where a thread's loads go: along the columns of the operand (coalesced for row-major data), or along k.
 template <typename Tile>
 struct LoadSlots {
   bool along_k;
-  int first = 0;
   __device__ int k(int i) const {
     const int t = static_cast<int>(threadIdx.x);
-    return along_k ? t % Tile::kDepth : t / Tile::kSide + (first + i) * (Tile::kThreads / Tile::kSide);
+    return along_k ? t % Tile::kDepth : t / Tile::kSide + i * (Tile::kThreads / Tile::kSide);
   }
   __device__ int column(int i) const {
     const int t = static_cast<int>(threadIdx.x);
-    return along_k ? t / Tile::kDepth + (first + i) * (Tile::kThreads / Tile::kDepth) : t % Tile::kSide;
+    return along_k ? t / Tile::kDepth + i * (Tile::kThreads / Tile::kDepth) : t % Tile::kSide;
   }
 };
 
@@ -203,9 +201,9 @@ __device__ __forceinline__ void multiply_stage(T (&acc)[Tile::kMicro][Tile::kMic
   }
 }
 
-// acc[r][c] += sum over k in [k_begin, k_end) of P[k, row] Q[k, column]. A loader has `slots` and load(registers, k):
-// the elements of rows k.. of its operand, zero outside of it. With `same`, Q is P. Uses Tile::kSharedBytes at
-// `shared`; the caller puts a barrier before the next use of that memory.
+// acc[r][c] += sum over k in [k_begin, k_end) of P[k, row] Q[k, column]. A loader has `slots` and load(registers, k,
+// i): this thread's loads number i.. of the elements of rows k.. of its operand, zero outside of it. With `same`, Q is
+// P. Uses Tile::kSharedBytes at `shared`; the caller puts a barrier before the next use of that memory.
 template <typename Tile, typename T, typename LoaderP, typename LoaderQ>
 __device__ void multiply(T (&acc)[Tile::kMicro][Tile::kMicro], const LoaderP& p, const LoaderQ& q, bool same,
                          int64_t k_begin, int64_t k_end, T* shared) {
@@ -217,8 +215,8 @@ __device__ void multiply(T (&acc)[Tile::kMicro][Tile::kMicro], const LoaderP& p,
   // One turn loads the rows from k0 on while it multiplies those before.
   for (int64_t k0 = k_begin;; k0 += Tile::kDepth) {
     if (k0 < k_end) {
-      p.load(p_next, k0);
-      if (!same) q.load(q_next, k0);
+      p.load(p_next, k0, 0);
+      if (!same) q.load(q_next, k0, 0);
     }
     if (k0 > k_begin) {
       multiply_stage<Tile>(acc, p_shared + stage, q_shared + stage);
@@ -231,6 +229,27 @@ __device__ void multiply(T (&acc)[Tile::kMicro][Tile::kMicro], const LoaderP& p,
       if (!same) q_shared[stage + q.slots.k(i) * Tile::kStride + q.slots.column(i)] = q_next[i];
     }
     __syncthreads();  // one per stage: the other buffer was last read before the barrier of the stage before
+  }
+}
+
+// Hands the elements of a kSide x kSide tile around, so that neighbouring threads get neighbouring columns: calls
+// f(row, column, element) for each, where `visit` calls its argument with (row, column, value) for those of the calling
+// thread. They pass through `staged`, [64, kSide + 1] in shared memory, 64 rows at a time; f may change them. After
+// each pass comes done(first row).
+template <int kSide, int kThreads, typename T, typename Visit, typename F, typename Done>
+__device__ __forceinline__ void hand_around(T* staged, Visit&& visit, F&& f, Done&& done) {
+  constexpr int kPass = kSide < 64 ? kSide : 64, kStride = kSide + 1;
+  for (int first = 0; first < kSide; first += kPass) {
+    __syncthreads();  // what the memory held before is done with
+    visit([&](int row, int column, T value) {
+      if (row >= first && row < first + kPass) staged[(row - first) * kStride + column] = value;
+    });
+    __syncthreads();
+#pragma unroll 4
+    for (int e = static_cast<int>(threadIdx.x); e < kPass * kSide; e += kThreads) {
+      f(first + e / kSide, e % kSide, staged[e / kSide * kStride + e % kSide]);
+    }
+    done(first);
   }
 }
 

@@ -188,5 +188,11 @@ void test_precondition_of() {
 void test_precondition() {
   test_precondition_of<float>();
   test_precondition_of<double>();
+  test_layers<float>("precondition f32 whole vectors",
+                     {{64, 69, true, false, DType::f32}, {68, 72, false, false, DType::f32}});
   test_layers<float>("precondition f32 large tiles", {{512, 515, true, false, DType::f32}});
+  simt_set_device(65536, 40, 75);  // by FMA
+  test_precondition_of<float>();
+  test_layers<float>("precondition f32 large tiles by FMA", {{512, 513, true, false, DType::f32}});
+  simt_set_device(232448, 132, 90);
 }
