@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,19 +28,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Modules whose tests run a second time with the CUDA kernels, simulated, in place of the CPU's; `make test` takes one
 # test in so many of them.
-ON_SIMULATED_CUDA = (
-    "test_optimizer",
-    "test_capture",
-    "test_adaptive",
-    "test_fisher",
-    "test_fraction",
-    "test_checkpoint",
+ON_SIMULATED_CUDA = re.compile(
+    "test_(adaptive|approximations|batches|capture|checkpoint|copies|ekfac|failures|fisher|fraction|invariance|layers|"
+    "optimizer|statistics|tridiagonal)(_[a-z_]+)?"
 )
 SAMPLE = 4
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__ in ON_SIMULATED_CUDA:
+    if ON_SIMULATED_CUDA.fullmatch(metafunc.module.__name__):
         metafunc.parametrize("kernels", ["own", "simulated-cuda"], indirect=True)
 
 

@@ -210,7 +210,9 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shapes", [[(17, 32), (3, 5)], [(65, 70), (68, 65), (3, 45)], [(513, 515)]], ids=["32", "64", "128"])
+@pytest.mark.parametrize(
+    "shapes", [[(17, 32), (3, 5)], [(65, 70), (68, 65), (3, 45)], [(513, 515)]], ids=["32", "64", "128"]
+)
 def test_precondition(device: PtxDevice, shapes: list[tuple[int, int]], dtype: type) -> None:
     if shapes[0][0] > 512 and dtype == np.float64:
         pytest.skip("double precision uses tiles of 64")
