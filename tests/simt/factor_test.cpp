@@ -218,8 +218,9 @@ void test_factor_update_of() {
   test_blocks<T>(type + " several chunks", {plain_rows<T>(own, 1700, 33, true, true, false, 0),
                                             plain_rows<T>(own, 1025, 12, false, false, true, 1),
                                             plain_rows<T>(own, 513, 65, false, false, false, 0)});
-  test_blocks<T>(type + " large tiles", {plain_rows<T>(own, 40, 300, true, true, false, 0),
-                                         plain_rows<T>(own, 9, 192, false, false, true, 5)});
+  test_blocks<T>(type + " large tiles",
+                 {plain_rows<T>(own, 40, 300, true, true, false, 0), plain_rows<T>(own, 9, 192, false, false, true, 5),
+                  plain_rows<T>(own, 20, 648, true, false, false, 0)});
   std::vector<Block<T>> bad = {plain_rows<T>(own, 20, 8, true, false, false, 0),
                                plain_rows<T>(own, 20, 70, true, false, false, 0),
                                plain_rows<T>(own, 20, 8, true, false, false, 0)};
@@ -301,6 +302,7 @@ void test_factor_update() {
          plain_rows<float>(half, 50, 64, true, false, false, 8),
          plain_rows<float>(half, 31, 24, false, false, false, 0),
          plain_rows<float>(half, 31, 31, true, false, false, 0), plain_rows<float>(half, 31, 144, true, true, false, 0),
+         plain_rows<float>(half, 20, 648, true, false, false, 0),
          conv_rows<float>(half, PaddingMode::zeros, {6, 5}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, true)});
   }
 }
