@@ -10,6 +10,8 @@ Registers are ptxas's; threads and shared memory are what the library's launcher
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,6 +55,16 @@ def resident(arch: str, registers: int, threads: int, shared: int) -> int:
     return min(by_registers, by_shared, WARPS_PER_SM[arch] // warps, BLOCKS_PER_SM[arch])
 
 
+def inspected(source: Path, arch: str, folder: Path) -> list[dict]:
+    """`inspect`, kept in a folder until a source changes: seven architectures take minutes."""
+    sources = sorted([*CUDA.glob("*"), *CUDA.parent.glob("*.h")])
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    kept = folder / f"ptxas-{source.stem}-{arch}-{key}.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(inspect(source, arch)))
+    return json.loads(kept.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
@@ -63,7 +75,9 @@ def main() -> None:
     path = library(args.build)
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [
-            pool.submit(inspect, source, arch) for source in sorted(CUDA.glob("*.cu")) for arch in args.architectures
+            pool.submit(inspected, source, arch, args.build)
+            for arch in args.architectures
+            for source in sorted(CUDA.glob("*.cu"))
         ]
         found = {(k["kernel"], k["arch"]): k for job in jobs for k in job.result()}
     asked = {arch: launched(Recorder(path, arch)) for arch in args.architectures}
