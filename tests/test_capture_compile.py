@@ -126,7 +126,7 @@ def test_a_graph_without_any_hook_is_reported() -> None:
         pre.step()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_graphs_of_other_kinds_are_refused() -> None:
     model, x = Net(nn.Tanh()), torch.randn(6, 3)
     with pytest.raises(ValueError, match="TorchScript"):
