@@ -12,6 +12,7 @@ from . import _C, ops
 from .adaptive import Adaptive
 from .batches import GrowingBatches
 from .diagnostics import show_config
+from .distributed import Distributed
 from .inverses import KFACWarning
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .ops import BlockDiagonal, ConvRows
@@ -26,6 +27,7 @@ __all__ = [
     "BlockDiagonal",
     "Categorical",
     "ConvRows",
+    "Distributed",
     "Gaussian",
     "GrowingBatches",
     "KFACWarning",

@@ -95,6 +95,8 @@ class AdaptiveRule:
         covered = {id(p) for p in preconditioner.covered}
         self.parameters = [*preconditioner.covered, *(p for p in parameters if id(p) not in covered)]
         dtype = preconditioner.results_flat.dtype
+        if preconditioner.sharing.sharded:
+            raise ValueError("adaptive does not take sharded models; use DistributedDataParallel")
         for p in self.parameters:
             if p.dtype != dtype:
                 raise ValueError(f"adaptive needs all parameters in {dtype}, got one in {p.dtype}")
@@ -136,14 +138,15 @@ class AdaptiveRule:
         batches = pre.capture.batches
         if not batches:
             raise RuntimeError("step(closure): the closure must run the model's forward and the loss's backward pass")
-        value = float(loss.detach())
+        own = float(loss.detach())
+        value = pre.ranks.mean(own)
         self._gradient.copy_gradients_(self._tensors)
         if not (math.isfinite(value) and math.isfinite(float(self._gradient.data.sum()))):
             self._grow_damping()
             self.rejected += 1
             return loss
         if self._loss_check.open:
-            self._loss_check.look(value, batches)
+            self._loss_check.look(own, batches)
         value += self._penalty()
         if self.weight_decay:
             torch._foreach_add_(self._gradient.views, self._tensors, alpha=self.weight_decay)
@@ -252,7 +255,8 @@ class AdaptiveRule:
             weight = float(counted.sum())
             total += weight * forms
             terms += weight
-        return total / max(terms, 1.0)
+        sums = self.preconditioner.ranks.total(torch.cat([total.flatten(), total.new_tensor([terms])]))
+        return sums[:-1].view_as(total) / sums[-1].clamp(min=1)
 
     def _calibrate(self, value: float, batches: list[Batch], closure: Closure, evaluate: Closure | None) -> None:
         """The smallest λ of `CALIBRATION` whose first step lowers the loss (nearly) most: from 1 down, or else up.
@@ -296,7 +300,7 @@ class AdaptiveRule:
             else:
                 with torch.enable_grad():
                     loss = float(closure().detach())
-        return loss + self._penalty()
+        return self.preconditioner.ranks.mean(loss) + self._penalty()
 
     def _adjust_damping(self, value: float, step: Minimum, closure: Closure, evaluate: Closure | None) -> bool:
         """Levenberg–Marquardt (sec. 6.5); whether the step may stay."""

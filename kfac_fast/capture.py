@@ -43,7 +43,7 @@ from .likelihoods import Likelihood
 from .models import Original, has_compiled_parts
 from .ops.native import read_if_free
 from .own_pass import OwnPass
-from .passes import ModelInputs, Surroundings, unnoticed
+from .passes import ModelInputs, Surroundings, shards_as_before, unnoticed
 from .recorder import Recorder
 from .sender import Sender
 from .tape import Batch, Sink, Tape
@@ -97,6 +97,7 @@ class Capture:
         self._sink = sink
         self._sender = Sender(likelihood, fisher, sink, generators)
         self.find_outputs = outputs or _find_outputs
+        self._sharded = [module for module in model.modules() if hasattr(module, "unshard")]  # by FSDP2
         self._recorder = Recorder(layers, self._from_user)
         self.own_pass = OwnPass(model, layers, fraction, self.find_outputs, self._recorder, self._sender)
         self._runs_again = fraction < 1 or any(layer.needs_own_pass for layer in layers)
@@ -258,7 +259,7 @@ class Capture:
         if tape.notes and not tape.listens:
             source = GradientEdge(node, number)
             recomputed = unnoticed(self._model) if tape.recomputes else contextlib.nullcontext()
-            with _extra_pass(), recomputed:
+            with _extra_pass(), recomputed, shards_as_before(self._sharded):
                 self._sender.send(tape, source, outputs, gradient, counted)
         self._recorder.recomputing = tape if tape.hidden else None
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, tape, node, gradient, counted))
@@ -316,7 +317,7 @@ class Capture:
             self._sink.drop()
 
     def _check_gradient(self, outputs: Tensor, gradient: Tensor) -> None:
-        if not bool(gradient.isfinite().all()):
+        if not gradient.numel() or not bool(gradient.isfinite().all()):
             return  # says nothing; the next one will
         self._checked_gradient = True
         fits = self.likelihood.gradient_fits(outputs, gradient)

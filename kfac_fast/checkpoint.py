@@ -11,6 +11,8 @@ from torch import Tensor
 from .approximations import Approximation
 from .capture import Capture
 from .layers import Layer
+from .sampler import Sampler
+from .sharing import Sharing
 
 
 class IncompatibleKeys(NamedTuple):
@@ -34,21 +36,29 @@ class Saved(Protocol):
     steps: int
     inversions: int
     refused: Tensor
+    sampler: Sampler
+    sharing: Sharing
 
     def part_of(self, layer: int) -> tuple[Approximation, int]: ...
-    def generator(self, device: torch.device) -> torch.Generator: ...
 
 
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 
-def layer_state(preconditioner: Saved, index: int) -> dict[str, Tensor]:
-    """Copies of everything kept for one layer."""
-    return {key: torch.stack(views) for key, views in _views(preconditioner, index).items()}
+def layer_states(preconditioner: Saved) -> list[dict[str, Tensor]]:
+    """Copies of everything kept, layer by layer.
+
+    Where ranks keep inverses that others do not have (`Distributed.share`), every rank must ask.
+    """
+    elsewhere = preconditioner.sharing.missing_state()
+    return [
+        {key: torch.stack(views) for key, views in _views(preconditioner, i).items()} | elsewhere.get(i, {})
+        for i in range(len(preconditioner.layers))
+    ]
 
 
 def layer_keys(preconditioner: Saved, index: int) -> list[str]:
-    """Of `layer_state`."""
+    """Of a layer's entry in `layer_states`."""
     return list(_views(preconditioner, index))
 
 
@@ -93,8 +103,7 @@ def _views(preconditioner: Saved, index: int) -> dict[str, list[Tensor]]:
 
 
 def run_state(preconditioner: Saved) -> dict[str, Any]:
-    """Counters and the sampler's state: numbers, tensors and dicts of them."""
-    device = preconditioner.refused.device
+    """Counters and the sampler's seed: numbers, tensors and dicts of them."""
     order = preconditioner.approximation.order
     return {
         **({"order": order} if order else {}),  # sharded checkpoints lose empty dicts
@@ -103,7 +112,7 @@ def run_state(preconditioner: Saved) -> dict[str, Any]:
         "own_passes": preconditioner.capture.own_pass.count,
         "refused": preconditioner.refused.clone(),
         "approximation": {preconditioner.approximation.name: True},
-        "sampler": {device.type: preconditioner.generator(device).get_state()},
+        "sampler": preconditioner.sampler.seed,
     }
 
 
@@ -120,13 +129,9 @@ def check_run_state(preconditioner: Saved, state: Any) -> dict[str, Any]:
     missing = sorted(own) if not isinstance(state, dict) else sorted(set(own) - set(state))
     if missing:
         raise ValueError(f"state_dict has no {', '.join(map(repr, missing))}: it is truncated or not of a KFAC")
-    for key in ("step", "inversions", "own_passes", "refused"):
+    for key in ("step", "inversions", "own_passes", "refused", "sampler"):
         if not (isinstance(state[key], (int, float)) or (isinstance(state[key], Tensor) and state[key].numel() == 1)):
             raise ValueError(f"state_dict must have a number as {key!r}, got {state[key]!r}")
-    for kind, sampler in state["sampler"].items():
-        expected = own["sampler"].get(kind)
-        if expected is not None and not (isinstance(sampler, Tensor) and sampler.shape == expected.shape):
-            raise ValueError(f"state_dict has no state of a generator on {kind} as 'sampler'")
     if set(state["approximation"]) != {preconditioner.approximation.name}:
         raise ValueError(
             f"state_dict is of approximation={next(iter(state['approximation']), None)!r}, the optimizer has "
@@ -137,14 +142,12 @@ def check_run_state(preconditioner: Saved, state: Any) -> dict[str, Any]:
 
 
 def load_run_state(preconditioner: Saved, state: Mapping[str, Any]) -> None:
-    """Restores the counters. The sampler starts anew on another kind of device, whose generators differ."""
+    """Restores the counters and the sampler's seed."""
     preconditioner.steps = int(state["step"])
     preconditioner.inversions = int(state["inversions"])
     preconditioner.capture.own_pass.count = int(state["own_passes"])
     preconditioner.refused.copy_(state["refused"])
-    device = preconditioner.refused.device
-    if device.type in state["sampler"]:
-        preconditioner.generator(device).set_state(state["sampler"][device.type].cpu())
+    preconditioner.sampler.seed = int(state["sampler"])
 
 
 # ---- a preconditioner of its own ------------------------------------------------------------------------------------
@@ -152,8 +155,8 @@ def load_run_state(preconditioner: Saved, state: Mapping[str, Any]) -> None:
 
 def save(preconditioner: Saved) -> dict[str, Any]:
     """``{"layers": {name: …}, "run": …}``."""
-    layers = {layer.name: layer_state(preconditioner, i) for i, layer in enumerate(preconditioner.layers)}
-    return {"layers": layers, "run": run_state(preconditioner)}
+    names = [layer.name for layer in preconditioner.layers]
+    return {"layers": dict(zip(names, layer_states(preconditioner), strict=True)), "run": run_state(preconditioner)}
 
 
 def load(preconditioner: Saved, state: Mapping[str, Any], strict: bool) -> IncompatibleKeys:

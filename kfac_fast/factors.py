@@ -45,7 +45,7 @@ class Factors(Store):
     ) -> None:
         self._layers = layers
         self.decay = decay
-        self._empirical_mean = empirical_mean
+        self.empirical_mean = empirical_mean  # rows of G are 1/M of the gradients of the sum
         blocks = [block for layer in layers for block in layer.blocks]
         self.count = len(blocks)  # blocks A ⊗ G
         self.first_block: list[int] = []  # of every layer
@@ -139,17 +139,20 @@ class Factors(Store):
             self._dirty = True
         self._queued_bytes = 0
 
+    @property
+    def symmetric(self) -> list[Tensor]:
+        return self.pending.unpack()
+
+    def rescale(self, terms: Tensor) -> None:
+        if self.empirical_mean:
+            self.pending[self.count :].data.mul_(terms**2)
+
     def commit(self, rows: Tensor, terms: Tensor, gate: Tensor) -> None:
-        weight = torch.cat([rows.clamp(min=1).reciprocal(), self.gradient_weight(terms).expand(self.count)])
+        weight = torch.cat([rows.clamp(min=1).reciprocal(), terms.clamp(min=1).reciprocal().expand(self.count)])
         seen = (rows > 0).repeat(2)
         epsilon, self.updates = blend(self.updates, seen, gate, self.decay)
         self.trace = ops.commit_(self.running, self.pending, epsilon, (1 - epsilon) * weight, gate)
         self._dirty = False  # commit_ zeroed the sums
-
-    def gradient_weight(self, terms: Tensor) -> Tensor:
-        """What sums of products of two output gradients are multiplied with, to be those of one loss term."""
-        terms = terms.clamp(min=1)
-        return terms if self._empirical_mean else terms.reciprocal()  # empirical rows are 1/M of those of the sum
 
     def state(self, layer: int) -> dict[str, list[Tensor]]:
         return {

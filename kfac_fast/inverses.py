@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .factors import Factors
+from .ops import BlockDiagonal
 
 RETRIES = 3  # each with ten times the damping of the one before
 
@@ -40,11 +42,7 @@ class Inverses:
         self._factors = factors
         self._names = names
         count = factors.count
-        self.inverse = factors.running.empty_like()
-        for block in self.inverse:
-            block.copy_(torch.eye(len(block)))
-        self.a = self.inverse[:count]
-        self.g = self.inverse[count:]
+        self._kept = list(range(2 * count))  # factors whose inverses are here, in order
         sizes = torch.tensor(factors.running.sizes, dtype=factors.running.dtype)
         self._sizes = sizes.to(factors.running.device)
         self.failures = torch.zeros(2 * count, dtype=torch.int32, device=self._sizes.device)  # by factor
@@ -53,6 +51,29 @@ class Inverses:
         self._damping = torch.ones_like(self._sizes)  # of the last update
         self._info: Tensor | None = None  # of the last update, not yet read by the host
         self._warned: set[int] = set()
+
+    @functools.cached_property
+    def inverse(self) -> BlockDiagonal:
+        """The inverses that are kept, identities at first."""
+        running = self._factors.running
+        blocks = BlockDiagonal.zeros([running.sizes[i] for i in self._kept], running.dtype, running.device)
+        for block in blocks:
+            block.fill_diagonal_(1)
+        return blocks
+
+    @functools.cached_property
+    def a(self) -> BlockDiagonal:
+        """Inverses of the A that are kept."""
+        return self.inverse[: len(self._kept) // 2]
+
+    @functools.cached_property
+    def g(self) -> BlockDiagonal:
+        """Inverses of the G that are kept."""
+        return self.inverse[len(self._kept) // 2 :]
+
+    def keep(self, blocks: Sequence[int]) -> None:
+        """Keeps the inverses of these blocks only; to be called before there are any."""
+        self._kept = [first + i for first in (0, self._factors.count) for i in blocks]
 
     def damping(self, gamma: Tensor) -> Tensor:
         """Damping of every factor ``[2b]`` from γ ``[b]``: πγ for the A, γ/π for the G."""
@@ -65,9 +86,12 @@ class Inverses:
     def update(self, gamma: Tensor, blocks: Sequence[int] | None = None) -> None:
         """Recomputes inverses with γ ``[b]``, one number per block; of these blocks only, or of all."""
         self._read_last_outcome()
-        running = self._factors.running
+        running, kept = self._factors.running, self._kept
         damping = self.damping(gamma)
         self._damping = damping
+        if len(kept) < len(running):
+            running = BlockDiagonal.pack([running[i] for i in kept]) if kept else running[:0]
+            damping, blocks = damping[kept], None
         if blocks is None:
             _, info = ops.damped_inverse(running, damping, self.inverse)
         else:
@@ -75,49 +99,63 @@ class Inverses:
             info = torch.zeros(2 * self._factors.count, dtype=torch.int32)
             info[[first + i for first in (0, self._factors.count) for i in blocks]] = 1
             _, info = ops.damped_inverse(running, damping, self.inverse, retry=info.to(running.device))
-        if running.device.type == "cpu" or not bool(self.inverted.all()):
+        if running.device.type == "cpu" or not bool(self.inverted[kept].all()):
             # The first update has no last good inverse to fall back on, so here the host waits on any device.
-            for block in info.nonzero().flatten().tolist():
-                self._rescue(block, float(damping[block]))
-            self.inverted |= (self._factors.updates > 0).cpu()
+            for position in info.nonzero().flatten().tolist():
+                self._rescue(position, float(damping[position]))
+            self.inverted[kept] |= (self._factors.updates > 0).cpu()[kept]
             return
         first = info.clone()
         for attempt in range(1, RETRIES + 1):
             ops.damped_inverse(running, damping * 10.0**attempt, self.inverse, retry=info)
-        self.failures += first != 0
+        self.failures[kept] += (first != 0).to(torch.int32)
         self._info = first
 
     def state(self, layer: int) -> dict[str, list[Tensor]]:
         """A layer's inverses, counters of failures, and whether there is an inverse; see `Store.state`."""
         return {
-            **self._factors.matrices_of("inverse", self.inverse, layer),
+            **self.matrices(layer),
             "failures": self._factors.per_side(self.failures, layer),
             "inverted": self._factors.per_side(self.inverted, layer),
+        }
+
+    def matrices(self, layer: int) -> dict[str, list[Tensor]]:
+        """A layer's inverses, as entries of a state; on the meta device where they are not kept."""
+        running, own = self._factors.running, self._factors.blocks_of(layer)
+        views = dict(zip(self._kept, self.inverse, strict=True))
+        return {
+            f"{side}_inverse": [
+                views[i] if i in views else torch.empty_like(running[i], device="meta")
+                for i in range(first + own.start, first + own.stop)
+            ]
+            for side, first in (("a", 0), ("g", self._factors.count))
         }
 
     def conditions(self) -> Tensor:
         """‖C + damping·I‖₁ ‖inverse‖₁ of every factor ``[2b]``: at least its condition number, at most √n times it.
 
-        The damping is that of the last update, C is today's.
+        The damping is that of the last update, C is today's. NaN where the inverse is not kept.
         """
-        norms = []
-        for block, inverse, damping in zip(self._factors.running, self.inverse, self._damping, strict=True):
-            damped = block + damping * torch.eye(len(block), dtype=block.dtype, device=block.device)
-            norms.append(torch.linalg.matrix_norm(damped, 1) * torch.linalg.matrix_norm(inverse, 1))
-        return torch.stack(norms) if norms else self._sizes
+        found = torch.full_like(self._sizes, torch.nan)
+        for i, inverse in zip(self._kept, self.inverse, strict=True):
+            block = self._factors.running[i]
+            damped = block + self._damping[i] * torch.eye(len(block), dtype=block.dtype, device=block.device)
+            found[i] = torch.linalg.matrix_norm(damped, 1) * torch.linalg.matrix_norm(inverse, 1)
+        return found
 
     def _read_last_outcome(self) -> None:
         if self._info is not None:
-            for block in self._info.nonzero().flatten().tolist():
-                self._warn(block, "was inverted with more damping, or kept its last inverse")
+            for position in self._info.nonzero().flatten().tolist():
+                self._warn(self._kept[position], "was inverted with more damping, or kept its last inverse")
             self._info = None
 
-    def _rescue(self, block: int, damping: float) -> None:
+    def _rescue(self, position: int, damping: float) -> None:
+        block = self._kept[position]
         self.failures[block] += 1
-        out = self.inverse[block]
+        out = self.inverse[position]
         factor = self._factors.running[block].double()
         if not bool(factor.isfinite().all()):
-            self._keep_last(block)
+            self._keep_last(position)
             return
         factor = (factor + factor.T) / 2
         eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
@@ -139,14 +177,15 @@ class Inverses:
             out.copy_((inverse + inverse.T) / 2)
             self._warn(block, "was inverted with its eigenvalues floored at the damping")
         else:
-            self._keep_last(block)
+            self._keep_last(position)
 
-    def _keep_last(self, block: int) -> None:
+    def _keep_last(self, position: int) -> None:
+        block = self._kept[position]
         if bool(self.inverted[block]):
             self._warn(block, "kept its last good inverse")
             return
-        partner = (block + self._factors.count) % (2 * self._factors.count)
-        for i in (block, partner):
+        partner = (position + len(self._kept) // 2) % len(self._kept)
+        for i in (position, partner):
             self.inverse[i].copy_(torch.eye(len(self.inverse[i])))
         self._warn(block, "has no inverse yet: its layer takes the plain gradient")
 

@@ -20,7 +20,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
     Raises:
         TypeError: Not a module.
-        ValueError: A module that hooks see nothing of, or several ranks.
+        ValueError: A module that hooks see nothing of.
     """
     called: nn.Module | None = None
     while True:
@@ -30,11 +30,6 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         if isinstance(model, torch.jit.ScriptModule):
             raise ValueError("model must not be a TorchScript module: nothing inside it can be seen; use the original")
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            if torch.distributed.get_world_size(model.process_group) > 1:
-                raise ValueError(
-                    "model must not be a DistributedDataParallel over several ranks yet: each would keep factors of "
-                    "its own, and the copies of the model would drift apart"
-                )
             # Hooks go on the inner module: an extra backward pass started from the wrapper corrupts static graphs.
             model = model.module
         elif is_compiled_wrapper(model):
@@ -78,7 +73,9 @@ class Original:
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], parameters: Iterable[nn.Parameter]) -> None:
         self.model = model
-        self._layers = [(layer.name, layer.module, layer.parameters) for layer in layers]
+        # Not those in the shards of FSDP2, which puts other parameters in their place for the time of a pass.
+        plain = [layer for layer in layers if all(type(p) is nn.Parameter for p in layer.parameters.values())]
+        self._layers = [(layer.name, layer.module, layer.parameters) for layer in plain]
         self._known = {id(p) for p in parameters} | {id(p) for p in model.parameters() if p.requires_grad}
         # Where the parameters of the layers stand in their modules.
         self._places: list[tuple[dict[str, nn.Parameter | None], str]] = []

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .adaptive import CALIBRATION, Adaptive, AdaptiveRule
 from .arguments import check_range
+from .collectives import local
+from .distributed import Distributed
 from .inverses import KFACWarning
 from .layers import Found
 from .likelihoods import Likelihood
@@ -48,7 +50,8 @@ class KFAC(ResumableOptimizer):
     plain gradient; `report` names them all.
 
     Args:
-        model: The module whose outputs the loss is computed from. It may be compiled, before or after.
+        model: The module whose outputs the loss is computed from; with several ranks its ``DistributedDataParallel``
+            wrapper, or a model in FSDP2's shards. It may be compiled, before or after.
         params: Parameters, groups or named parameters as ``torch.optim`` takes them; None is all that require grad.
             Groups may have their own ``lr``, ``momentum``, ``nesterov``, ``damping``, ``weight_decay``, ``kl_clip``.
         lr: Learning rate, > 0; a number or a one-element tensor. Natural gradients have a scale of their own, and the
@@ -86,6 +89,9 @@ class KFAC(ResumableOptimizer):
             set themselves (sec. 6, 7); ``lr``, ``momentum``, ``nesterov``, ``kl_clip`` and ``inverse_every`` are not
             used, and ``weight_decay`` is an ℓ2 coefficient. True, or an `Adaptive` with other constants. The loss must
             be the likelihood's negative log-likelihood at its scale: ``likelihood.loss`` is.
+        distributed: Which ranks train the model together and how they share the work, a `Distributed`. None finds the
+            ranks from the wrapper. A bare model with several ranks needs a choice: True if gradients are averaged over
+            all of them, by a wrapper made later or by you; False if this rank trains by itself.
 
     Raises:
         ValueError: An argument out of range; the message names it and what was expected.
@@ -116,6 +122,7 @@ class KFAC(ResumableOptimizer):
         seed: int = 0,
         approximation: str = "block_diagonal",
         adaptive: bool | Adaptive = False,
+        distributed: Distributed | bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -152,6 +159,7 @@ class KFAC(ResumableOptimizer):
             outputs=outputs,
             seed=seed,
             approximation=approximation,
+            distributed=distributed,
             parameters=self._parameters,
         )
         self.rule = None if config is None else self._adaptive_rule(config, start)
@@ -224,8 +232,7 @@ class KFAC(ResumableOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse_gradients()
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        groups = [group_of[id(weight)] for weight in self.preconditioner.weights]  # of every layer
+        groups = self._groups_of_layers()
         dot = self.preconditioner.natural_gradients([group["damping"] for group in groups])
 
         updates, finite = self._updates(dot)
@@ -262,11 +269,13 @@ class KFAC(ResumableOptimizer):
                 if i is not None:
                     natural.append((p, results[i]))
                 else:
-                    plain.append((p, p.grad))
+                    plain.append((p, local(p.grad)))
             if plain:
                 norms = torch._foreach_norm([g for _, g in plain])
                 finite = finite & torch.stack([n.to(finite.device, torch.float64) for n in norms]).sum().isfinite()
             updates[id(group)] = (natural, plain)
+        if self.preconditioner.sharing.sharded:  # each rank has seen its own shards
+            finite = self.preconditioner.ranks.add_up((~finite).to(torch.int32)) == 0
         return updates, finite
 
     def _clips(self, dot: Tensor, groups: list[dict[str, Any]]) -> list[Tensor | None]:
@@ -286,11 +295,11 @@ class KFAC(ResumableOptimizer):
         """Momentum, weight decay and the update. With a gate that is False on the device nothing changes."""
         if not pairs:
             return
-        params: list[Tensor] = [p for p, _ in pairs]
+        params = [local(p) for p, _ in pairs]
         directions: list[Tensor] = [u for _, u in pairs]
         lr, momentum = float(group["lr"]), group["momentum"]
         if momentum:
-            buffers = self._momentum_buffers([p for p, _ in pairs])
+            buffers = [local(buffer) for buffer in self._momentum_buffers([p for p, _ in pairs])]
             # A skipped step must not decay the buffer either.
             torch._foreach_mul_(buffers, momentum if gate is None else torch.where(gate, momentum, 1.0))
             torch._foreach_add_(buffers, directions)
@@ -304,6 +313,31 @@ class KFAC(ResumableOptimizer):
             directions = list(torch._foreach_mul(directions, gate.to(directions[0].dtype)))
         torch._foreach_add_(params, directions, alpha=-lr)
 
+    def joinable(self) -> Any:
+        """For ranks with different numbers of batches: ``with Join([ddp_model, optimizer.joinable()]): …``.
+
+        ``torch.distributed.algorithms.join.Join`` lets a rank that has run out of batches serve the collectives of the
+        others; at the end every rank has the model and the momentum of those that went on longest.
+
+        Raises:
+            ValueError: With ``adaptive``, whose closure the others cannot wait for; when the ``with`` begins, with
+                ``share="gradients"``, where a rank without batches would have to know gradients.
+        """
+        from .joining import JoinableSteps
+
+        if self.rule is not None:
+            raise ValueError("joinable() does not go with adaptive=True: give all ranks the same number of batches")
+        return JoinableSteps(self)
+
+    def _groups_of_layers(self) -> list[dict[str, Any]]:
+        """The parameter group of every layer."""
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        return [group_of[id(weight)] for weight in self.preconditioner.weights]
+
+    def damping_by_layer(self) -> list[float]:
+        """λ of every layer."""
+        return [group["damping"] for group in self._groups_of_layers()]
+
     def _refuse_sparse_gradients(self) -> None:
         for p in self._parameters:
             if p.grad is not None and p.grad.is_sparse:
@@ -313,7 +347,7 @@ class KFAC(ResumableOptimizer):
                 )
 
     def _warn_about_skipped_step(self) -> None:
-        bad = (p for p in self._parameters if p.grad is not None and not bool(p.grad.isfinite().all()))
+        bad = (p for p in self._parameters if p.grad is not None and not bool(local(p.grad).isfinite().all()))
         first = next(bad, None)
         if first is not None and id(first) not in self._warned:
             self._warned.add(id(first))

@@ -17,7 +17,7 @@ from .checkpoint import (
     check_run_state,
     check_tensor,
     layer_keys,
-    layer_state,
+    layer_states,
     load_layer_state,
     load_run_state,
     run_state,
@@ -119,8 +119,8 @@ class ResumableOptimizer(torch.optim.Optimizer):
         state: dict[Any, dict[str, Any]] = {
             position[id(p)]: {**self.state[p], "step": torch.tensor(float(pre.steps))} for p in parameters
         }
-        for i, weight, prefix in _places(pre):
-            state[position[id(weight)]].update((prefix + key, kept) for key, kept in layer_state(pre, i).items())
+        for (_, weight, prefix), own in zip(_places(pre), layer_states(pre), strict=True):
+            state[position[id(weight)]].update((prefix + key, kept) for key, kept in own.items())
         run, vectors = self._run_state()
         for p, pieces in vectors.items():
             state[position[id(p)]].update(pieces)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,3 +176,16 @@ def differentiable_kernels() -> Iterator[None]:
 def cuda_devices(model: nn.Module) -> list[int]:
     """The CUDA devices that a model has parameters on."""
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+@contextlib.contextmanager
+def shards_as_before(modules: Sequence[Any]) -> Iterator[None]:
+    """Modules of FSDP2 that were whole are whole again on leaving.
+
+    FSDP2 gives up the whole parameters of a module when a backward pass has gone through it. Those at the outputs have
+    been gathered for the user's pass by then, which still needs them.
+    """
+    whole = [module for module in modules if any(type(p) is nn.Parameter for p in module.parameters())]
+    yield
+    for module in whole:
+        module.unshard()

@@ -6,24 +6,27 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, ops
+from . import checkpoint
 from .approximations import APPROXIMATIONS, Approximation
 from .approximations.base import block_names
 from .arguments import check_choice, check_count, check_range
 from .capture import FISHERS, Capture
 from .checkpoint import IncompatibleKeys
+from .collectives import local, reduction
+from .distributed import Distributed, ranks_of, shards_of_rows
 from .factors import Factors
 from .inverses import KFACWarning
 from .layers import Blocks, Inputs, KroneckerLayer, discover
 from .likelihoods import Likelihood, as_likelihood
 from .models import Original, refuse_moved_model, unwrap
 from .report import Report, Row
+from .sampler import Sampler
+from .sharing import sharing_for
 from .statistics import Statistics
 from .tape import Pass
 
@@ -61,11 +64,12 @@ class Preconditioner:
         seed: Of the generator that draws targets; the global generators are not used.
         approximation: The structure of the approximate Fisher matrix: "block_diagonal", "block_tridiagonal" or "ekfac".
         blocks: Which modules are preconditioned, and by which class; None is all that are supported.
+        distributed: Over which ranks, and how they share the work; see `Distributed`.
         parameters: Only layers whose parameters are all among these are preconditioned; None is all.
 
     Raises:
-        ValueError: An argument out of range; the message names it. ``torch.nn.DataParallel`` or a
-            ``DistributedDataParallel`` over several ranks.
+        ValueError: An argument out of range; the message names it. ``torch.nn.DataParallel``. Several ranks, and
+            nothing says whether they train one model.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Preconditioner:
         seed: int = 0,
         approximation: str = "block_diagonal",
         blocks: Blocks | None = None,
+        distributed: Distributed | bool | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
         parameters = None if parameters is None else list(parameters)
@@ -116,9 +121,9 @@ class Preconditioner:
         self.steps = 0
         self.inversions = 0
         self.model, called = unwrap(model)
-        self._found, self.layers = discover(self.model, parameters, blocks or Blocks())
-        self.generators: dict[torch.device, torch.Generator] = {}
-        self._seed = seed
+        self.ranks, config = ranks_of(model, distributed)
+        self._found, self.layers = discover(self.model, parameters, blocks or Blocks(), shards_of_rows(self.model))
+        self.sampler = Sampler(seed, self.ranks.rank)
         self._warned_about: set[int | str] = set()
         self.original = Original(self.model, self.layers, parameters or ())
         self.weights = [layer.weight for layer in self.layers]
@@ -132,20 +137,13 @@ class Preconditioner:
         # Every part serves a run of consecutive layers, the approximation the first.
         self.parts: list[Approximation] = [self.approximation]
         self._owner = [(part, i) for part in self.parts for i in range(len(part.layers))]
-        ends = list(accumulate((sum(len(layer.blocks) for layer in part.layers) for part in self.parts), initial=0))
-        self._blocks_of_part = [slice(start, end) for start, end in pairwise(ends)]
         self.statistics = Statistics([store for part in self.parts for store in part.stores])
         self.refused = torch.zeros((), dtype=torch.int64, device=example.device)  # commits of what was not finite
+        self._reduce = reduction(self.ranks, config.dtype)
+        self.sharing = sharing_for(config, self.ranks, self.parts, self.factors.running.data)
         # Natural gradients of all covered parameters, in one buffer with a view per parameter.
-        unique = {id(p): p for layer in self.layers for p in layer.parameters.values()}
-        self.covered: list[nn.Parameter] = list(unique.values())
-        self.results_flat = torch.zeros(sum(p.numel() for p in self.covered), dtype=dtype, device=example.device)
-        pieces = self.results_flat.split([p.numel() for p in self.covered])
-        self.results: list[Tensor] = [piece.view(p.shape) for piece, p in zip(pieces, self.covered, strict=True)]
-        place = {key: i for i, key in enumerate(unique)}
-        # For every layer the names of its parameters and where they stand in `covered`.
-        self._places = [{name: place[id(p)] for name, p in layer.parameters.items()} for layer in self.layers]
-        self._result_matrices = self._matrices(self.results)
+        self.covered, self.results = self.sharing.covered, self.sharing.results
+        self.results_flat = self.sharing.results_flat
         self.capture = Capture(
             self.original,
             called,
@@ -177,7 +175,7 @@ class Preconditioner:
         if self.kl_clip is not None and lr is not None:
             clip = (self.kl_clip / (lr**2 * dot.sum()).abs()).sqrt().clamp(max=1.0)
             self.results_flat.mul_(clip)
-        pairs = [(p.grad, u) for p, u in zip(self.covered, self.results, strict=True) if p.grad is not None]
+        pairs = [(local(p.grad), u) for p, u in zip(self.covered, self.results, strict=True) if p.grad is not None]
         with torch.no_grad():
             if pairs:
                 torch._foreach_copy_([g for g, _ in pairs], [u for _, u in pairs])
@@ -194,30 +192,39 @@ class Preconditioner:
         """
         self.capture.forget()
         refuse_moved_model(self.layers, self.results_flat)
-        self.update_factors()
+        self.update_curvature(damping)
+        return self.precondition([p.grad for p in self.covered])
+
+    def update_curvature(self, damping: float | Sequence[float], *, joined: bool = False) -> None:
+        """Factors and inverses where they are due; counts the step.
+
+        Args:
+            damping: λ, or one per layer.
+            joined: This rank has no more batches and only serves the others: it has no gradients.
+        """
+        self.update_factors(joined=joined)
         if self.steps % self.inverse_every == 0 or self.inversions < ALWAYS_INVERT_FIRST:
             per_layer = [damping] * len(self.layers) if isinstance(damping, (int, float)) else damping
             self.update_inverses([math.sqrt(x) for x in per_layer])
             self._warn_about_changes()
         self.steps += 1
-        return self.precondition([p.grad for p in self.covered])
 
-    def update_factors(self) -> None:
-        """Commits the statistics gathered since the last step, if they are due."""
+    def update_factors(self, *, joined: bool = False) -> None:
+        """Commits the statistics gathered since the last step, if they are due; those of all ranks."""
+        if self.steps == 0:
+            self.sharing.check_that_gradients_are_averaged(joined)
         if self.wants_statistics():
-            self._warn_about_unseen_layers()
-            gate = self.statistics.commit()
+            gate = self.statistics.commit(self._reduce)
             if gate is not None:
                 self.refused += (gate == 0).sum()
+            self._warn_about_unseen_layers()
 
     def update_inverses(self, gamma: Sequence[float]) -> None:
         """Recomputes all inverses with γ, one per layer."""
         self.inversions += 1
         per_block = [x for x, layer in zip(gamma, self.layers, strict=True) for _ in layer.blocks]
         data = self.factors.running.data
-        every = torch.tensor(per_block, dtype=data.dtype).to(data.device, non_blocking=True)
-        for part, own in zip(self.parts, self._per_part(every), strict=True):
-            part.update(own)
+        self.sharing.update(torch.tensor(per_block, dtype=data.dtype).to(data.device, non_blocking=True))
 
     def copy_inverses(self) -> list[Tensor]:
         """The inverses in use, for `restore_inverses`."""
@@ -228,34 +235,11 @@ class Preconditioner:
         torch._foreach_copy_(self._inverse_views(), list(copies))
 
     def _inverse_views(self) -> list[Tensor]:
-        return [view for part, i in self._owner for view in part.inverses(i)]
+        return [view for k, (part, i) in enumerate(self._owner) if self.sharing.keeps(k) for view in part.inverses(i)]
 
     def precondition(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Natural gradients of these gradients of `covered`, into `results`; ⟨V, U⟩ of every block."""
-        zero = self.results_flat.new_zeros(())
-        # A layer that took no part has no gradient: zeros without memory, in the dtype of its partner.
-        given = [zero.expand(p.shape) if g is None else g for p, g in zip(self.covered, gradients, strict=True)]
-        matrices = self._matrices(given)
-        dots = [
-            part.apply(own, out)
-            for part, own, out in zip(
-                self.parts, self._per_part(matrices), self._per_part(self._result_matrices), strict=True
-            )
-        ]
-        return dots[0] if len(dots) == 1 else torch.cat(dots)
-
-    def _matrices(self, tensors: Sequence[Tensor]) -> list[ops.Gradient]:
-        """Tensors shaped like `covered` as the weight and bias of every block."""
-        matrices: list[ops.Gradient] = []
-        for layer, places in zip(self.layers, self._places, strict=True):
-            given = {name: tensors[i] for name, i in places.items()}
-            dtype = next(iter(given.values())).dtype
-            matrices += layer.matrices({name: x.to(dtype) for name, x in given.items()})
-        return matrices
-
-    def _per_part(self, values: Any) -> list[Any]:
-        """What there is for every block, cut where the parts end."""
-        return [values[own] for own in self._blocks_of_part]
+        return self.sharing.apply(gradients)
 
     def part_of(self, layer: int) -> tuple[Approximation, int]:
         """The part that serves a layer, and the layer's number there."""
@@ -320,13 +304,15 @@ class Preconditioner:
 
     def begin(self) -> None:
         # A step that a gradient scaler left out, since gradients overflowed, must not leave its statistics to the next.
-        if all(p.grad is None for p in self.covered):
+        # With FSDP2 a gradient that waits to be reduced is not there either; `KFAC.zero_grad` serves in its place.
+        if not self.sharing.sharded and all(p.grad is None for p in self.covered):
             self.drop()
         if self._loss_scale is not None:
             self._unscale = 1 / self._loss_scale()
 
     def drop(self) -> None:
         self.statistics.reset()
+        self.sampler.restart()
 
     # ---- about it ---------------------------------------------------------------------------------------------------
 
@@ -354,18 +340,21 @@ class Preconditioner:
         return figures
 
     def memory(self, layer: int) -> int:
-        """Bytes kept for a layer: statistics, pending sums, inverses."""
+        """Bytes kept for a layer on this rank: statistics, pending sums, inverses."""
         part, own = self._owner[layer]
-        return part.memory(own)
+        return part.memory(own) - (0 if self.sharing.keeps(layer) else part.inverse_bytes(own))
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator that draws targets on a device."""
-        if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self.generators[device]
+        return self.sampler.generator(device, self.steps)
+
+    def _seen_elsewhere(self, layer: int) -> bool:
+        """Whether other ranks, or this one before, had rows of a layer that this rank did not use in this step."""
+        part, own = self._owner[layer]
+        return self.ranks.size > 1 and any(bool(k.any()) for k in part.state(own)["updates"])
 
     def _warn_about_unseen_layers(self) -> None:
-        unseen = [i for i in self.capture.take_unseen() if i not in self._warned_about]
+        unseen = [i for i in self.capture.take_unseen() if i not in self._warned_about and not self._seen_elsewhere(i)]
         if unseen:
             self._warned_about.update(unseen)
             names = ", ".join(self.layers[i].name or "the model itself" for i in unseen)

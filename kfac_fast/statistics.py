@@ -24,9 +24,22 @@ class Store(ABC):
     rows: list[int]
     nonfinite: Tensor | None
 
+    @property
+    def symmetric(self) -> list[Tensor]:
+        """The sums as symmetric matrices, where they are: views that make up `sums` but for padding."""
+        return []
+
     @abstractmethod
     def flush(self) -> None:
         """Adds whatever still waits to the sums."""
+
+    @abstractmethod
+    def rescale(self, terms: Tensor) -> None:
+        """Turns sums over gradients of a mean over this rank's loss terms into sums over gradients of each term.
+
+        Args:
+            terms: This rank's number of loss terms, 0-d.
+        """
 
     @abstractmethod
     def commit(self, rows: Tensor, terms: Tensor, gate: Tensor) -> None:
@@ -61,11 +74,12 @@ class Statistics:
     def add_terms(self, terms: Tensor) -> None:
         self._terms = terms if self._terms is None else self._terms + terms
 
-    def commit(self, reduce: Callable[[list[Tensor]], None] | None = None) -> Tensor | None:
+    def commit(self, reduce: Callable[[list[Tensor], list[list[Tensor]]], None] | None = None) -> Tensor | None:
         """Moves all pending sums into the running averages.
 
         Args:
-            reduce: Adds up tensors over all ranks, in place. With it every rank must take part in every commit.
+            reduce: Adds up tensors over all ranks, in place, given also which of them are made up of symmetric matrices
+                (`Store.symmetric`). With it every rank must take part in every commit.
 
         Returns:
             ``[1]`` int32 on the device: 1 if the sums were finite and went in, 0 if nothing was changed; None if there
@@ -81,10 +95,13 @@ class Statistics:
         counts = [len(store.rows) for store in self._stores]
         rows = torch.tensor(list(chain.from_iterable(store.rows for store in self._stores)), dtype=sums[0].dtype)
         zero = sums[0].new_zeros(())
-        last = torch.stack([zero if self._terms is None else self._terms.to(zero.dtype), sum(flags, zero)])
+        own_terms = zero if self._terms is None else self._terms.to(zero.dtype)
+        for store in self._stores:
+            store.rescale(own_terms)
+        last = torch.stack([own_terms, sum(flags, zero)])
         tally = torch.cat([rows.to(zero.device, non_blocking=True), last])
         if reduce is not None:
-            reduce([*sums, tally])
+            reduce([*sums, tally], [store.symmetric for store in self._stores])
         *of_stores, terms, bad = tally.split([*counts, 1, 1])
         # Without a term the loss ignored them all: that says nothing.
         gate = ((bad == 0) & terms.isfinite() & (terms > 0)).to(torch.int32)

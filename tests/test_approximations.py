@@ -114,9 +114,9 @@ def test_micro_batches_and_ranks_equal_one_batch(approximation: str) -> None:
                 F.cross_entropy(model(inputs), targets).backward()
         sent: list[list[Tensor]] = []
         for pre in ranks[1:]:
-            pre.statistics.commit(lambda tensors, sent=sent: sent.append([t.clone() for t in tensors]))
+            pre.statistics.commit(lambda tensors, _, sent=sent: sent.append([t.clone() for t in tensors]))
 
-        def reduce(tensors: list[Tensor], sent: list[list[Tensor]] = sent) -> None:
+        def reduce(tensors: list[Tensor], _: object, sent: list[list[Tensor]] = sent) -> None:
             for other in sent:
                 torch._foreach_add_(tensors, other)
 

@@ -137,10 +137,10 @@ def test_it_is_nearer_to_the_exact_fisher_than_kfac(case) -> None:
 def test_the_step_is_the_inverse_of_the_damped_matrix(case) -> None:
     name, model, x = case
     pre, fisher = gathered(*case)
-    gradients = pre._matrices([p.grad for p in pre.covered])
+    gradients = pre.sharing.matrices([p.grad for p in pre.covered])[0]
     dot = pre.precondition([p.grad for p in pre.covered])
     for block, (_, _, ekfac, _) in enumerate(each_block(name, model, x, pre, fisher)):
-        v, u = (as_flat(m[block]) for m in (gradients, pre._result_matrices))
+        v, u = (as_flat(m[block]) for m in (gradients, pre.sharing.matrices(pre.results)[0]))
         expected = torch.linalg.solve(ekfac + pre.damping * torch.eye(len(ekfac), dtype=DOUBLE), v)
         assert torch.allclose(u, expected, rtol=1e-9, atol=1e-12)
         assert float(dot[block]) == pytest.approx(float(v @ expected), rel=1e-9)

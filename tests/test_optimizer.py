@@ -327,20 +327,6 @@ def test_the_constructor_stays_small() -> None:
     assert sum(p.kind is p.KEYWORD_ONLY for p in parameters) <= 20
 
 
-def test_several_ranks_are_refused_rather_than_left_to_drift(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrapper(nn.parallel.DistributedDataParallel):
-        def __init__(self, module: nn.Module) -> None:
-            nn.Module.__init__(self)
-            self.module = module
-            self.process_group = None
-
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
-    with pytest.raises(ValueError, match="over several ranks"):
-        KFAC(Wrapper(mlp()))
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
-    assert sum(row.covered for row in KFAC(Wrapper(mlp())).report()) == 6
-
-
 def test_a_model_without_supported_layers_trains_with_the_base_update() -> None:
     model = nn.LayerNorm(3)
     optimizer = KFAC(model)

@@ -34,9 +34,9 @@ def test_sums_and_counts_of_ranks_add_up_to_those_of_one_process() -> None:
     ranks = [gathered(copy.deepcopy(model), part) for part in (x[:2], x[2:], x[:0])]  # the last has an empty batch
     sent: list[list[Tensor]] = []
     for pre in ranks[1:]:
-        pre.statistics.commit(lambda tensors: sent.append([t.clone() for t in tensors]))
+        pre.statistics.commit(lambda tensors, _: sent.append([t.clone() for t in tensors]))
 
-    def reduce(tensors: list[Tensor]) -> None:
+    def reduce(tensors: list[Tensor], symmetric: list[list[Tensor]]) -> None:
         for other in sent:
             torch._foreach_add_(tensors, other)
 
@@ -51,8 +51,8 @@ def test_a_value_that_is_not_finite_on_one_rank_commits_nothing_on_the_other() -
     model, x = network(), torch.randn(4, 6, dtype=DOUBLE)
     good, bad = gathered(model, x), gathered(copy.deepcopy(model), torch.full_like(x, torch.nan))
     sent: list[Tensor] = []
-    bad.statistics.commit(lambda tensors: sent.extend(t.clone() for t in tensors))
-    gate = good.statistics.commit(lambda tensors: torch._foreach_add_(tensors, sent))
+    bad.statistics.commit(lambda tensors, _: sent.extend(t.clone() for t in tensors))
+    gate = good.statistics.commit(lambda tensors, _: torch._foreach_add_(tensors, sent))
     assert gate is not None
     assert gate.tolist() == [0]
     assert not good.factors.running.data.any()

@@ -112,7 +112,7 @@ def test_longer_chains_are_the_dense_product(widths: tuple[int, ...]) -> None:
 
 
 def _matrices(pre: Preconditioner) -> list:
-    return pre._matrices([p.grad.clone() for p in pre.covered])
+    return pre.sharing.matrices([p.grad.clone() for p in pre.covered])[0]
 
 
 def test_in_a_deep_linear_net_it_is_the_whole_exact_fisher() -> None:

@@ -24,12 +24,16 @@ class Approximation(ABC):
     Attributes:
         name: What the user calls it.
         needs_trace: Whether it has to know how the layers feed each other.
+        symmetric: Whether the matrices in `inverses` are, so that one triangle says all.
+        divisible: Whether the inverses of a layer need no others, so that ranks can share them; see `keep`.
         layers: The layers it serves.
         stores: Its running statistics; they are committed together with all others.
     """
 
     name: ClassVar[str]
     needs_trace: ClassVar[bool] = False
+    symmetric: ClassVar[bool] = False
+    divisible: ClassVar[bool] = False
     layers: Sequence[Layer]
     stores: list[Store]
 
@@ -75,6 +79,17 @@ class Approximation(ABC):
 
         For whoever keeps a copy, or sends it to ranks that did not compute it.
         """
+
+    def inverse_bytes(self, layer: int) -> int:
+        """Memory of `inverses`."""
+        return sum(view.numel() * view.element_size() for view in self.inverses(layer))
+
+    def keep(self, layers: Sequence[int]) -> None:
+        """Gives up the inverses of all other layers: only these are updated from now on, and `apply` takes only theirs.
+
+        In `state` the inverses of the others are on the meta device: shapes without content.
+        """
+        raise NotImplementedError(f"{self.name} is not divisible")
 
     @abstractmethod
     def apply(self, gradients: Sequence[Gradient], out: Sequence[Gradient]) -> Tensor:

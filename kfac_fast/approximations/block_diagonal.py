@@ -26,6 +26,8 @@ class BlockDiagonalFisher(Approximation):
     """
 
     name = "block_diagonal"
+    symmetric = True
+    divisible = True
 
     def __init__(self, layers: list[KroneckerLayer], factors: Factors) -> None:
         self.layers = layers
@@ -40,15 +42,19 @@ class BlockDiagonalFisher(Approximation):
         return self.factors.seen(layer)
 
     def update(self, gamma: Tensor, layers: Sequence[int] | None = None) -> None:
-        chosen = None
-        if layers is not None:
-            chosen = [block for layer in layers for block in self.factors.blocks_of(layer)]
-        self.damped.update(gamma, chosen)
+        self.damped.update(gamma, None if layers is None else self._blocks_of(layers))
 
     def inverses(self, layer: int) -> list[Tensor]:
-        return [
-            view for views in self.factors.matrices_of("inverse", self.damped.inverse, layer).values() for view in views
-        ]
+        return [view for views in self.damped.matrices(layer).values() for view in views]
+
+    def inverse_bytes(self, layer: int) -> int:
+        return self.factors.bytes(layer)
+
+    def keep(self, layers: Sequence[int]) -> None:
+        self.damped.keep(self._blocks_of(layers))
+
+    def _blocks_of(self, layers: Sequence[int]) -> list[int]:
+        return [block for layer in layers for block in self.factors.blocks_of(layer)]
 
     def apply(self, gradients: Sequence[Gradient], out: Sequence[Gradient]) -> Tensor:
         return ops.precondition(gradients, self.damped.g, self.damped.a, out=out).dot

@@ -85,6 +85,8 @@ class BlockTridiagonalFisher(BlockDiagonalFisher):
     """
 
     name = "block_tridiagonal"
+    symmetric = False
+    divisible = False
     needs_trace = True
 
     def __init__(self, layers: list[KroneckerLayer], factors: Factors) -> None:

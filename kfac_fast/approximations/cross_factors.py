@@ -126,10 +126,14 @@ class CrossFactors(Store):
         if sums.shape[0] > rows and sums.shape[1] > columns:
             sums[rows, columns] += len(x)
 
+    def rescale(self, terms: Tensor) -> None:
+        if self._factors.empirical_mean:
+            self.sums[self._a_numel :].mul_(terms**2)
+
     def commit(self, rows: Tensor, terms: Tensor, gate: Tensor) -> None:
         epsilon, self.updates = blend(self.updates, rows > 0, gate, self._factors.decay)
         a, g = self._running[: self._a_numel], self._running[self._a_numel :]
-        weights = rows.clamp(min=1).reciprocal(), self._factors.gradient_weight(terms)
+        weights = rows.clamp(min=1).reciprocal(), terms.clamp(min=1).reciprocal()
         pieces = self.sums.split([len(a), len(g)])
         for running, sums, weight in zip((a, g), pieces, weights, strict=True):
             blended = torch.addcmul(epsilon * running, sums, (1 - epsilon) * weight)

@@ -115,10 +115,14 @@ class Spectra(Store):
                     gradients = u_g.T @ (gradients @ u_a)
                 sums += gradients.square_().sum(0)
 
+    def rescale(self, terms: Tensor) -> None:
+        if self._factors.empirical_mean:
+            self.sums.mul_(terms**2)
+
     def commit(self, rows: Tensor, terms: Tensor, gate: Tensor) -> None:
         seen = (rows > 0) & (self._based_on[: len(rows)] > 0)
         epsilon, self.updates = blend(self.updates, seen, gate, self._factors.decay)
-        weight = (1 - epsilon) * self._factors.gradient_weight(terms)
+        weight = (1 - epsilon) * terms.clamp(min=1).reciprocal()
         epsilon, weight = (x.repeat_interleave(self._numel, output_size=len(self._flat)) for x in (epsilon, weight))
         blended = torch.addcmul(epsilon * self._flat, weight, self.sums)
         # ε = 1 must not let through what was dropped: 0 · NaN is NaN.

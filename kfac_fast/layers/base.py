@@ -31,7 +31,10 @@ def register(layer: type[Layer]) -> type[Layer]:
 
 def registered(module: nn.Module) -> type[Layer] | None:
     """The `Layer` class of a module. The exact type decides: a subclass may compute something else."""
-    return _LAYERS.get(type(module))
+    kind, *bases = type(module).__mro__
+    if bases[0].__name__ == "FSDPModule":  # `fully_shard` put a type of its own in front
+        kind = bases[1]
+    return _LAYERS.get(kind)
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,12 @@ class Layer(ABC):
     def blocks(self) -> Sequence[Block]:
         """Its blocks."""
 
-    @property
+    @functools.cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The covered parameters by their name in the module. The first one stands for the layer in its group."""
+        """The covered parameters by their name in the module. The first one stands for the layer in its group.
+
+        Looked up once: FSDP2 puts other tensors in their place for the time of a forward and backward pass.
+        """
         names = dict.fromkeys(name for block in self.blocks for name in block.parameters)
         return {name: getattr(self.module, name) for name in names}
 

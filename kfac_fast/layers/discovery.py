@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -73,7 +73,7 @@ class Found(NamedTuple):
 
 
 def discover(
-    model: nn.Module, parameters: Iterable[nn.Parameter] | None, blocks: Blocks
+    model: nn.Module, parameters: Iterable[nn.Parameter] | None, blocks: Blocks, in_shards: Container[int] = ()
 ) -> tuple[list[Found], list[Layer]]:
     """Every parameter of the model with its layers or the reason why it has none, and all layers in model order.
 
@@ -81,13 +81,14 @@ def discover(
         model: The model.
         parameters: Only layers whose parameters are all among these count; None is all.
         blocks: The user's selection.
+        in_shards: Identities of parameters that may be sharded over ranks.
     """
     allowed = None if parameters is None else {id(p) for p in parameters}
     layers: list[Layer] = []
     reasons: dict[int, str] = {}
     for name, module in model.named_modules():
         found = _candidate(name, module, blocks)
-        reason = found if isinstance(found, str) else _reason_against(found, allowed, layers)
+        reason = found if isinstance(found, str) else _reason_against(found, allowed, in_shards, layers)
         own = list(module.parameters(recurse=False))
         if isinstance(found, Layer):
             own += found.parameters.values()
@@ -116,12 +117,14 @@ def _candidate(name: str, module: nn.Module, blocks: Blocks) -> Layer | str:
     return layer
 
 
-def _reason_against(layer: Layer, allowed: set[int] | None, layers: list[Layer]) -> str | None:
+def _reason_against(
+    layer: Layer, allowed: set[int] | None, in_shards: Container[int], layers: list[Layer]
+) -> str | None:
     own = layer.parameters
     for name, p in own.items():
         if not isinstance(p, nn.Parameter):
             return f"the {name} is computed from it, not a parameter"
-        if type(p) is not nn.Parameter:
+        if type(p) is not nn.Parameter and id(p) not in in_shards:
             return f"its {name} is a {type(p).__name__}"
         if p.numel() == 0:
             return "it has no elements"
