@@ -23,7 +23,7 @@ TOOLS_STAMP := $(VENV)/.tools-$(call hash,$(TORCH))
 BUILD_STAMP := $(VENV)/.built-$(call hash,$(TORCH) $(KFAC_FAST_CUDA) $(CUDAARCHS))
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find csrc -type f)
 
-.PHONY: help demo test test-full gpu bench docs wheel sdist lint format clean
+.PHONY: help demo test test-full gpu bench convergence stability docs wheel sdist lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +42,12 @@ gpu: $(BUILD_STAMP) ## on a machine with a GPU: tests, sanitizer and benchmarks 
 
 bench: $(BUILD_STAMP) ## benchmarks against torch; run nothing else beside them
 	$(BIN)/python -m bench
+
+convergence: $(BUILD_STAMP) ## the paper's comparison, about an hour; stopped, it goes on where it was
+	$(BIN)/python -m bench.convergence --json bench/results/convergence.json --pictures docs/images
+
+stability: $(BUILD_STAMP) ## where training is stable: maps over damping and learning rate, about five minutes
+	$(BIN)/python -m bench.stability --json bench/results/stability.json --picture docs/images/stability.png
 
 docs: $(TOOLS_STAMP) ## the documentation site, in build/site; a broken link is an error
 	$(PIP) install --quiet 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.26'
