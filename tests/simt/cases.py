@@ -129,7 +129,8 @@ def commit(sizes: list[int], dtype: int = F32) -> Case:
         plan = _C.Plan(sizes)
         buffers = [device.array(plan.numel, kind, key) for key in ("C", "S")]
         numbers = [device.array(len(sizes), kind, key) for key in ("decay", "scale")]
-        gate, trace = device.array(1, np.int32, "gate"), device.array(len(sizes), kind, "trace")
+        gate = device.array(1, np.int32, "gate", lambda: np.ones(1, np.int32))
+        trace = device.array(len(sizes), kind, "trace")
         return device.run("commit", lambda table, call: table.commit(call, plan, code, *buffers, *numbers, gate, trace))
 
     name = f"{len(sizes)} × {sizes[0]}², {_NAMES[dtype]}"

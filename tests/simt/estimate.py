@@ -49,6 +49,7 @@ class Work:
     large: Case
     small: Case
     pivots: dict[str, int]
+    chains: int = 1  # blocks of threads that have pivots to do, in one launch
     published: str = ""
 
 
@@ -77,7 +78,8 @@ def estimate(work: Work, path: Path, device: PtxDevice, registers: dict[str, int
     for launch in launches:
         block = blocks.get(launch.kernel, Block())
         spread = min(launch.grid, SMS)
-        waves = -(-launch.grid // (SMS * resident(ARCH, registers[launch.kernel], launch.threads, launch.shared_bytes)))
+        at_once = SMS * resident(ARCH, registers[launch.kernel], launch.threads, launch.shared_bytes)
+        waves = -(-work.chains // at_once)
         times = {
             "issue": block.instructions * launch.grid / (4 * spread * CLOCK),
             "shared": block.wavefronts * launch.grid / (spread * CLOCK),
@@ -97,11 +99,11 @@ def works() -> list[Work]:
     block, panel = "damped_inverse_block_kernel<float, {}>", "damped_inverse_update_kernel<float>"
     cholesky = "{} (cuSOLVER potrfBatched, the factorisation alone)"
     return [
-        Work(damped_inverse([32] * 1024), damped_inverse([32] * 4), {"damped_inverse_warp_kernel<float, 32>": 32}),
-        Work(damped_inverse([64] * 256), damped_inverse([64]), {block.format(1): 64}),
-        Work(damped_inverse([128] * 64), damped_inverse([128]), {block.format(2): 128}, cholesky.format(174.5)),
-        Work(damped_inverse([512] * 64), damped_inverse([512]), {panel: 64}, cholesky.format(1261)),
-        Work(damped_inverse([2048] * 64), damped_inverse([512]), {panel: 64}, cholesky.format(22181)),
+        Work(damped_inverse([32] * 1024), damped_inverse([32] * 4), {"damped_inverse_warp_kernel<float, 32>": 32}, 256),
+        Work(damped_inverse([64] * 256), damped_inverse([64]), {block.format(1): 64}, 256),
+        Work(damped_inverse([128] * 64), damped_inverse([128]), {block.format(2): 128}, 64, cholesky.format(174.5)),
+        Work(damped_inverse([512] * 64), damped_inverse([512]), {panel: 64}, 64, cholesky.format(1261)),
+        Work(damped_inverse([2048] * 64), damped_inverse([512]), {panel: 64}, 64, cholesky.format(22181)),
         *(Work(case, case, {}) for dtype in (F32, BF16) for case in (factor_update(8192, 513, dtype),)),
         Work(precondition([(512, 513)] * 50), precondition([(512, 513)]), {}),
         Work(precondition([(64, 65)] * 200), precondition([(64, 65)]), {}),
