@@ -150,7 +150,7 @@ def draw(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None
 
     figure, panels = plt.subplots(
         len(tasks), len(METHODS), figsize=(15, 4.3 * len(tasks)), layout="constrained",
-        width_ratios=[6, 6, 2, 6],
+        width_ratios=[6, 6, 2, 6], squeeze=False,
     )  # fmt: skip
     for row, task in zip(panels, tasks, strict=True):
         mine = [o for o in outcomes if o.task == task.name]

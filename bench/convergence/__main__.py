@@ -40,6 +40,13 @@ class Comparison:
             max(2, self.scale(FULL_AT)),
         )
 
+    def finished(self, contender: Contender) -> tuple[list[Run], list[Run]]:
+        """What there is already: final runs that came to their end, and tuning runs, each as far as it came."""
+        tuned = [self.training(contender, setting, TUNING_SEED).run for setting in contender.grid]
+        tuned = [run for run in tuned if run.finished] if contender.rounds else []
+        trainings = [self.training(contender, setting, seed) for setting in contender.grid for seed in SEEDS]
+        return [t.run for t in trainings if t.done(self.scale(contender.updates))], tuned
+
     def tune(self, contender: Contender) -> tuple[Setting | None, list[Run]]:
         """The best setting, or None if the deadline came first; and the runs it was chosen from."""
         alive = [self.training(contender, setting, TUNING_SEED) for setting in contender.grid]
@@ -68,6 +75,7 @@ def main() -> None:
     parser.add_argument("--tune-only", action="store_true", help="only choose settings; seconds do not matter there")
     parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="of the final runs; default: all")
     parser.add_argument("--untimed", action="store_true", help="other work runs beside: the seconds mean nothing")
+    parser.add_argument("--report", action="store_true", help="train nothing, write what has been finished")
     parser.add_argument("--folder", type=Path, default=Path("build/convergence"), help="where runs wait")
     parser.add_argument("--json", type=Path, default=Path("build/convergence.json"), help="where the results go")
     parser.add_argument("--pictures", type=Path, default=Path("build"), help="folder of the pictures")
@@ -75,12 +83,22 @@ def main() -> None:
     folder = options.folder / f"budget-{options.budget:g}"
     deadline = time.monotonic() + options.piece
     complete = True
-    results = {"machine": machine(), "seeds": SEEDS, "tuning_seed": TUNING_SEED, "budget": options.budget}
+    results: dict[str, object] = {
+        "machine": machine(),
+        "seeds": SEEDS,
+        "tuning_seed": TUNING_SEED,
+        "budget": options.budget,
+    }
     for problem in options.problem or PROBLEMS:
         comparison = Comparison(PROBLEMS[problem], folder, options.budget, deadline, timed=not options.untimed)
         tuned: list[Run] = []
         runs: list[Run] = []
         for contender in (CONTENDERS[name] for name in options.contender or CONTENDERS):
+            if options.report:
+                finals, tried = comparison.finished(contender)
+                runs, tuned = runs + finals, tuned + tried
+                complete &= len(finals) == len(SEEDS)
+                continue
             setting, tried = comparison.tune(contender)
             tuned += tried
             print(f"{problem}: {contender.name}: {setting}", flush=True)
@@ -94,10 +112,11 @@ def main() -> None:
                         print(f"  seed {seed}: {run.final:.2f} after {run.finished} updates, {run.spent:.1f} s")
                         runs.append(run)
         results[problem] = {"runs": [asdict(run) for run in runs], "tuning": [asdict(run) for run in tuned]}
-        if runs and complete:
+        if runs and (complete or options.report):
             print(table(runs))
             draw(options.pictures / f"convergence_{problem}.png", PROBLEMS[problem].title, runs)
-    if not complete:
+    results["complete"] = complete
+    if not complete and not options.report:
         sys.exit(3)
     if not options.tune_only:
         write_json(options.json, results)

@@ -52,8 +52,8 @@ def table(runs: Sequence[Run], rival: str = "SGD-Nesterov") -> str:
     rival_updates = mean([run.finished for run in groups[rival]])
     rival_seconds = mean([run.spent for run in timed(groups[rival])])
     lines = [
-        f"| contender | setting | updates | seconds | final loss | updates to {goal:.2f} | seconds to {goal:.2f} |",
-        "|---|---|---|---|---|---|---|",
+        f"| contender | setting | seeds | updates | seconds | final loss | updates to {goal:.1f} | seconds to that |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, group in groups.items():
         reached = [first_at(run, goal) for run in group]
@@ -63,10 +63,10 @@ def table(runs: Sequence[Run], rival: str = "SGD-Nesterov") -> str:
             seconds = mean([each[1] for run, each in zip(group, reached, strict=True) if each and run.timed])
             to_goal = [
                 f"{updates:.0f} (1/{rival_updates / updates:.1f})",
-                f"{seconds:.1f} (1/{rival_seconds / seconds:.1f})",
+                "" if math.isinf(seconds + rival_seconds) else f"{seconds:.1f} (1/{rival_seconds / seconds:.1f})",
             ]
             if name == rival:
-                to_goal = [f"{rival_updates:.0f}", f"{rival_seconds:.1f}"]
+                to_goal = [f"{rival_updates:.0f}", "" if math.isinf(rival_seconds) else f"{rival_seconds:.1f}"]
         setting = ", ".join(f"{key} {value:g}" for key, value in group[0].setting.items()) or "sets itself"
         finals = [run.final for run in group]
         spread = f"{mean(finals):.2f} ({min(finals):.2f}–{max(finals):.2f})"
