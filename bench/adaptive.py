@@ -83,7 +83,7 @@ def _kfac(images: Tensor, constants: dict[str, Any], options: dict[str, Any], sp
     kfac = KFAC(model, adaptive=Adaptive(**constants), likelihood="bernoulli", weight_decay=1e-5, **options)
     rule, pre = kfac.rule, kfac.preconditioner
     assert rule is not None
-    split.wrap(pre.capture, "_run_again", "statistics")
+    split.wrap(pre.capture.own_pass, "run", "statistics")
     split.wrap(pre, "update_factors", "statistics")
     split.wrap(pre, "update_inverses", "inverses")
     split.wrap(pre, "precondition", "natural gradient")
