@@ -14,6 +14,7 @@ from .batches import GrowingBatches
 from .diagnostics import show_config
 from .distributed import Distributed
 from .inverses import KFACWarning
+from .layers import Blocks
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .ops import BlockDiagonal, ConvRows
 from .optimizer import KFAC
@@ -25,6 +26,7 @@ __all__ = [
     "Adaptive",
     "Bernoulli",
     "BlockDiagonal",
+    "Blocks",
     "Categorical",
     "ConvRows",
     "Distributed",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .layers import Inputs, KroneckerLayer, SquareSums
+from .layers import Inputs, KroneckerBlock, KroneckerLayer, SquareSums
 from .ops import BlockDiagonal, ConvRows
 from .statistics import Store, blend
 
@@ -46,7 +46,7 @@ class Factors(Store):
         self._layers = layers
         self.decay = decay
         self.empirical_mean = empirical_mean  # rows of G are 1/M of the gradients of the sum
-        blocks = [block for layer in layers for block in layer.blocks]
+        blocks = [self._stored(block) for layer in layers for block in layer.blocks]
         self.count = len(blocks)  # blocks A ⊗ G
         self.first_block: list[int] = []  # of every layer
         first = 0
@@ -56,24 +56,28 @@ class Factors(Store):
         self.running = BlockDiagonal.zeros([b.a for b in blocks] + [b.g for b in blocks], dtype, device)
         self.pending = self.running.empty_like()
         self.sums = self.pending.data.zero_()
+        self.sides = torch.tensor(self.running.sizes, dtype=dtype).to(device)
         self.trace = torch.zeros(2 * self.count, dtype=dtype, device=device)
-        self.updates = torch.zeros(
-            2 * self.count, dtype=dtype, device=device
-        )  # k, on the device: see `statistics.blend`
+        self.updates = torch.zeros_like(self.trace)  # k, on the device: see `statistics.blend`
         self._bias = [block.bias for block in blocks] + [False] * self.count
         self._empty_rows = [
             self.running.data.new_empty(0, n - b) for n, b in zip(self.running.sizes, self._bias, strict=True)
         ]
         self._queue: dict[int, list[Tensor | ConvRows]] = defaultdict(list)  # by first of the blocks the rows are for
         self._queued_bytes = 0
+        self._dirty = False
         self.reset()
+
+    def _stored(self, block: KroneckerBlock) -> KroneckerBlock:
+        """The block whose A and G stand in `running` for this one."""
+        return block
 
     def reset(self) -> None:
         """Forgets the rows since the last commit."""
         self._queue.clear()
         self._queued_bytes = 0
-        if getattr(self, "_dirty", False):
-            self.pending.data.zero_()
+        if self._dirty:
+            self.sums.zero_()
         self._dirty = False
         self.rows = [0] * self.count  # R of every block
         self.nonfinite = None
@@ -81,10 +85,6 @@ class Factors(Store):
     @property
     def has_pending(self) -> bool:
         return bool(self._queue) or self._dirty
-
-    def bytes(self, layer: int) -> int:
-        """Of one set of the layer's A and G."""
-        return sum(b.a**2 + b.g**2 for b in self._layers[layer].blocks) * self.running.data.element_size()
 
     def blocks_of(self, layer: int) -> range:
         """The blocks of a layer, as positions among the A."""
@@ -104,10 +104,9 @@ class Factors(Store):
         inputs = tuple(self.cast(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
         if first:
             rows = self._layers[layer].input_rows(*inputs)
-            assert not isinstance(rows, SquareSums)  # these are for diagonal factors
-            self._push(block, rows)
             for i in range(block, block + (rows.groups if isinstance(rows, ConvRows) else 1)):
-                self.rows[i] += rows.shape[0]
+                self.rows[i] += rows.rows if isinstance(rows, SquareSums) else rows.shape[0]
+            self._push(block, rows)
         self._push(self.count + block, self._layers[layer].output_rows(self.cast(gradient), *inputs))
         if self._queued_bytes > QUEUE_BYTES:
             self.flush()
@@ -117,7 +116,9 @@ class Factors(Store):
         narrow = rows.dtype != torch.float64
         return rows if narrow == (self.running.dtype != torch.float64) else rows.to(self.running.dtype)
 
-    def _push(self, block: int, rows: Tensor | ConvRows) -> None:
+    def _push(self, block: int, rows: Tensor | ConvRows | SquareSums) -> None:
+        """Queues rows for a factor, or the first of several; ``block`` counts the A, then the G."""
+        assert not isinstance(rows, SquareSums)  # these are for diagonal factors
         self._queue[block].append(rows)
         tensor = rows.x if isinstance(rows, ConvRows) else rows
         self._queued_bytes += tensor.numel() * tensor.element_size()
@@ -151,8 +152,12 @@ class Factors(Store):
         weight = torch.cat([rows.clamp(min=1).reciprocal(), terms.clamp(min=1).reciprocal().expand(self.count)])
         seen = (rows > 0).repeat(2)
         epsilon, self.updates = blend(self.updates, seen, gate, self.decay)
-        self.trace = ops.commit_(self.running, self.pending, epsilon, (1 - epsilon) * weight, gate)
-        self._dirty = False  # commit_ zeroed the sums
+        self._commit(epsilon, (1 - epsilon) * weight, gate)
+        self._dirty = False
+
+    def _commit(self, decay: Tensor, scale: Tensor, gate: Tensor) -> None:
+        """C ← decay C + scale S, S ← 0, with a coefficient for every factor."""
+        self.trace = ops.commit_(self.running, self.pending, decay, scale, gate)
 
     def state(self, layer: int) -> dict[str, list[Tensor]]:
         return {
@@ -163,16 +168,19 @@ class Factors(Store):
 
     def matrices_of(self, name: str, blocks: BlockDiagonal, layer: int) -> dict[str, list[Tensor]]:
         """A layer's blocks in a buffer laid out like `running`, as entries ``a_name`` and ``g_name`` of a state."""
-        state = {}
+        state: dict[str, list[Tensor]] = {}
         for side, first in (("a", 0), ("g", self.count)):
-            own = [blocks[first + i] for i in self.blocks_of(layer)]
-            if len({len(block) for block in own}) == 1:
-                state[f"{side}_{name}"] = own
-            else:
-                state |= {f"{side}_{name}_{i}": [block] for i, block in enumerate(own)}
+            state |= stackable(f"{side}_{name}", [blocks[first + i] for i in self.blocks_of(layer)])
         return state
 
     def per_side(self, values: Tensor, layer: int) -> list[Tensor]:
         """A layer's entries of a vector over all A and G: of the A, of the G."""
         own = self.blocks_of(layer)
         return [values[first + own.start : first + own.stop] for first in (0, self.count)]
+
+
+def stackable(key: str, tensors: list[Tensor]) -> dict[str, list[Tensor]]:
+    """Entries of a state: one for all these tensors if they have one shape, else one for each."""
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return {key: tensors}
+    return {f"{key}_{i}": [tensor] for i, tensor in enumerate(tensors)}

@@ -43,12 +43,10 @@ class Inverses:
         self._names = names
         count = factors.count
         self._kept = list(range(2 * count))  # factors whose inverses are here, in order
-        sizes = torch.tensor(factors.running.sizes, dtype=factors.running.dtype)
-        self._sizes = sizes.to(factors.running.device)
-        self.failures = torch.zeros(2 * count, dtype=torch.int32, device=self._sizes.device)  # by factor
+        self.failures = torch.zeros(2 * count, dtype=torch.int32, device=factors.sides.device)  # by factor
         # Whether there is an inverse of a committed factor: on the CPU, where asking does not wait.
         self.inverted = torch.zeros(2 * count, dtype=torch.bool)
-        self._damping = torch.ones_like(self._sizes)  # of the last update
+        self._damping = torch.ones_like(factors.sides)  # of the last update
         self._info: Tensor | None = None  # of the last update, not yet read by the host
         self._warned: set[int] = set()
 
@@ -77,11 +75,7 @@ class Inverses:
 
     def damping(self, gamma: Tensor) -> Tensor:
         """Damping of every factor ``[2b]`` from γ ``[b]``: πγ for the A, γ/π for the G."""
-        mean_trace = self._factors.trace / self._sizes
-        ratio = mean_trace[: self._factors.count] / mean_trace[self._factors.count :]
-        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
-        damping = torch.cat([pi * gamma, gamma / pi])
-        return torch.where(self._factors.updates > 0, damping, torch.ones_like(damping))
+        return factored_damping(self._factors, gamma)
 
     def update(self, gamma: Tensor, blocks: Sequence[int] | None = None) -> None:
         """Recomputes inverses with γ ``[b]``, one number per block; of these blocks only, or of all."""
@@ -136,7 +130,7 @@ class Inverses:
 
         The damping is that of the last update, C is today's. NaN where the inverse is not kept.
         """
-        found = torch.full_like(self._sizes, torch.nan)
+        found = torch.full_like(self._factors.sides, torch.nan)
         for i, inverse in zip(self._kept, self.inverse, strict=True):
             block = self._factors.running[i]
             damped = block + self._damping[i] * torch.eye(len(block), dtype=block.dtype, device=block.device)
@@ -201,6 +195,15 @@ class Inverses:
             KFACWarning,
             stacklevel=2,
         )
+
+
+def factored_damping(factors: Factors, gamma: Tensor) -> Tensor:
+    """Damping of every factor ``[2b]`` from γ ``[b]``: πγ for the A, γ/π for the G; 1 for one that is still zero."""
+    mean_trace = factors.trace / factors.sides
+    ratio = mean_trace[: factors.count] / mean_trace[factors.count :]
+    pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
+    damping = torch.cat([pi * gamma, gamma / pi])
+    return torch.where(factors.updates > 0, damping, torch.ones_like(damping))
 
 
 def gamma_of(damping: float) -> float:

@@ -15,7 +15,7 @@ from .arguments import check_range
 from .collectives import local
 from .distributed import Distributed
 from .inverses import KFACWarning
-from .layers import Found
+from .layers import Blocks, Found
 from .likelihoods import Likelihood
 from .ops.native import read_if_free
 from .optimizer_state import ResumableOptimizer
@@ -85,6 +85,7 @@ class KFAC(ResumableOptimizer):
             times the cost of inverse and step, for chains of Linear layers (the first forward pass shows whether the
             model is one); "ekfac", which keeps the eigenvectors of A and G, takes the eigenvalues from per-example
             gradients (George et al. 2018) and adds λ to them, less damping than √λ on each factor.
+        blocks: Which modules are preconditioned, by which class, and within what memory, as a `Blocks`.
         adaptive: The rule of the paper for large batches: `step` takes a closure; learning rate, momentum and damping
             set themselves (sec. 6, 7); ``lr``, ``momentum``, ``nesterov``, ``kl_clip`` and ``inverse_every`` are not
             used, and ``weight_decay`` is an ℓ2 coefficient. True, or an `Adaptive` with other constants. The loss must
@@ -121,6 +122,7 @@ class KFAC(ResumableOptimizer):
         maximize: bool = False,
         seed: int = 0,
         approximation: str = "block_diagonal",
+        blocks: Blocks | None = None,
         adaptive: bool | Adaptive = False,
         distributed: Distributed | bool | None = None,
     ) -> None:
@@ -159,6 +161,7 @@ class KFAC(ResumableOptimizer):
             outputs=outputs,
             seed=seed,
             approximation=approximation,
+            blocks=blocks,
             distributed=distributed,
             parameters=self._parameters,
         )
@@ -359,6 +362,11 @@ class KFAC(ResumableOptimizer):
             )
 
     # ---- about it ---------------------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, int]:
+        """`Preconditioner.memory`, and "momentum"."""
+        groups = [group for group in self.param_groups if group["momentum"] or self.rule is not None]
+        return self.preconditioner.memory() | {"momentum": sum(p.nbytes for g in groups for p in g["params"])}
 
     def report(self) -> Report:
         """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""

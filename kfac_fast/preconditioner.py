@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .approximations import APPROXIMATIONS, Approximation
+from .approximations import APPROXIMATIONS, Approximation, Settings, expected_bytes, make_parts
 from .approximations.base import block_names
 from .arguments import check_choice, check_count, check_range
 from .capture import FISHERS, Capture
 from .checkpoint import IncompatibleKeys
 from .collectives import local, reduction
 from .distributed import Distributed, ranks_of, shards_of_rows
-from .factors import Factors
+from .factors import QUEUE_BYTES
 from .inverses import KFACWarning
-from .layers import Blocks, Inputs, KroneckerLayer, discover
+from .layers import Blocks, Inputs, discover
 from .likelihoods import Likelihood, as_likelihood
 from .models import Original, refuse_moved_model, unwrap
-from .report import Report, Row
+from .report import Report, Row, bytes_by_kind, refuse_beyond
 from .sampler import Sampler
 from .sharing import sharing_for
 from .statistics import Statistics
@@ -108,6 +108,8 @@ class Preconditioner:
         if fisher == "empirical" and factor_fraction < 1:
             raise ValueError(f"factor_fraction must be 1 with fisher='empirical', got {factor_fraction:g}")
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        if blocks is not None and not isinstance(blocks, Blocks):
+            raise TypeError(f"blocks must be a Blocks or None, got {type(blocks).__name__}")
         if outputs is not None and not callable(outputs):
             raise TypeError(f"outputs must be a function, got {type(outputs).__name__}")
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
@@ -122,20 +124,21 @@ class Preconditioner:
         self.inversions = 0
         self.model, called = unwrap(model)
         self.ranks, config = ranks_of(model, distributed)
-        self._found, self.layers = discover(self.model, parameters, blocks or Blocks(), shards_of_rows(self.model))
+        self._found, layers = discover(self.model, parameters, blocks or Blocks(), shards_of_rows(self.model))
         self.sampler = Sampler(seed, self.ranks.rank)
         self._warned_about: set[int | str] = set()
+        example = layers[0].weight if layers else torch.zeros(())
+        dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
+        self._expected = expected_bytes(approximation, layers, dtype)
+        if blocks is not None and blocks.max_factor_bytes is not None:
+            refuse_beyond(blocks.max_factor_bytes, self._expected)
+        settings = Settings(decay, dtype, example.device, fisher == "empirical" and loss_reduction == "mean")
+        self.factors, self.parts = make_parts(approximation, layers, settings)
+        self.approximation = self.parts[0]
+        # Every part serves a run of consecutive layers.
+        self.layers = [layer for part in self.parts for layer in part.layers]
         self.original = Original(self.model, self.layers, parameters or ())
         self.weights = [layer.weight for layer in self.layers]
-        example = self.layers[0].weight if self.layers else torch.zeros(())
-        dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
-        factored = [layer for layer in self.layers if isinstance(layer, KroneckerLayer)]
-        self.factors = Factors(
-            factored, decay, dtype, example.device, empirical_mean=fisher == "empirical" and loss_reduction == "mean"
-        )
-        self.approximation: Approximation = APPROXIMATIONS[approximation](factored, self.factors)
-        # Every part serves a run of consecutive layers, the approximation the first.
-        self.parts: list[Approximation] = [self.approximation]
         self._owner = [(part, i) for part in self.parts for i in range(len(part.layers))]
         self.statistics = Statistics([store for part in self.parts for store in part.stores])
         self.refused = torch.zeros((), dtype=torch.int64, device=example.device)  # commits of what was not finite
@@ -320,7 +323,7 @@ class Preconditioner:
         """What is preconditioned and how, parameter by parameter, with memory; and why the rest is not."""
         memory: dict[int, int] = defaultdict(int)
         for i, layer in enumerate(self.layers):
-            memory[id(layer.weight)] += self.memory(i)
+            memory[id(layer.weight)] += self.layer_bytes(i)
         return Report([Row.of(found, memory.get(id(found.parameter), 0)) for found in self._found])
 
     def stats(self, *, conditions: bool = False) -> dict[str, float]:
@@ -339,10 +342,22 @@ class Preconditioner:
             figures.update((f"condition/{name}", x) for name, x in zip(names, numbers, strict=True))
         return figures
 
-    def memory(self, layer: int) -> int:
+    def layer_bytes(self, layer: int) -> int:
         """Bytes kept for a layer on this rank: statistics, pending sums, inverses."""
         part, own = self._owner[layer]
         return part.memory(own) - (0 if self.sharing.keeps(layer) else part.inverse_bytes(own))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose, known before the first step.
+
+        Statistics, pending sums and inverses by kind of layer; "natural gradients", one number per covered parameter;
+        "rows", the most that waits to be added up at one time. With approximation="block_tridiagonal" the kinds are
+        upper bounds until the first forward pass has shown the chain.
+        """
+        figures = bytes_by_kind(self._expected)
+        figures["natural gradients"] = self.results_flat.nbytes
+        figures["rows"] = QUEUE_BYTES * len(self.parts)
+        return figures
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator that draws targets on a device."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from .layers import Block, Found, KroneckerBlock, UnitBlock
+from .layers import Block, Found, KroneckerBlock, Layer, UnitBlock
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Row:
         shape = "×".join(map(str, self.shape)) or "scalar"
         if not self.covered:
             return self.name, shape, f"{self.kind}: {self.reason}", "", "", ""
-        return self.name, shape, self.kind, self._sides(_a), self._sides(_g), _readable(self.bytes)
+        return self.name, shape, self.kind, self._sides(_a), self._sides(_g), readable(self.bytes)
 
 
 def _a(block: Block) -> str:
@@ -104,12 +104,35 @@ class Report(Sequence[Row]):
         widths = [max(len(line[i]) for line in lines) for i in range(6)]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         covered = sum(row.covered for row in self._rows)
-        return "\n".join([*table, f"{covered} of {len(self)} parameters preconditioned, {_readable(self.bytes)}"])
+        return "\n".join([*table, f"{covered} of {len(self)} parameters preconditioned, {readable(self.bytes)}"])
 
 
-def _readable(count: float) -> str:
+def readable(count: float) -> str:
+    """A number of bytes with three digits."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} GiB"
+
+
+def bytes_by_kind(layers: Sequence[tuple[Layer, int]]) -> dict[str, int]:
+    """Sums by kind of layer of the bytes that layers need."""
+    figures: dict[str, int] = defaultdict(int)
+    for layer, count in layers:
+        figures[type(layer).__name__] += count
+    return dict(figures)
+
+
+def refuse_beyond(limit: int, layers: Sequence[tuple[Layer, int]]) -> None:
+    """Raises a ValueError if layers need more bytes than this."""
+    total = sum(count for _, count in layers)
+    if total <= limit:
+        return
+    kinds = ", ".join(f"{kind} {readable(count)}" for kind, count in bytes_by_kind(layers).items())
+    layer, largest = max(layers, key=lambda pair: pair[1])
+    raise ValueError(
+        f"factors, pending sums and inverses would need {readable(total)} ({total} bytes), more than "
+        f"max_factor_bytes={limit}: {kinds}; most of all {layer.name or 'the model'} with {readable(largest)}. Leave "
+        "layers out with Blocks(exclude=…), or keep only the diagonal of large factors with Blocks(max_side=…)"
+    )

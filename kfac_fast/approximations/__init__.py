@@ -6,7 +6,15 @@ from .base import Approximation
 from .block_diagonal import BlockDiagonalFisher
 from .block_tridiagonal import BlockTridiagonalFisher
 from .ekfac import EigenFisher
+from .parts import APPROXIMATIONS, Settings, expected_bytes, make_parts
 
-__all__ = ["APPROXIMATIONS", "Approximation", "BlockDiagonalFisher", "BlockTridiagonalFisher", "EigenFisher"]
-
-APPROXIMATIONS = {kind.name: kind for kind in (BlockDiagonalFisher, BlockTridiagonalFisher, EigenFisher)}
+__all__ = [
+    "APPROXIMATIONS",
+    "Approximation",
+    "BlockDiagonalFisher",
+    "BlockTridiagonalFisher",
+    "EigenFisher",
+    "Settings",
+    "expected_bytes",
+    "make_parts",
+]

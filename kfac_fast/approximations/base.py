@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..chain import Trace
-from ..layers import Inputs, Layer
+from ..layers import Block, Inputs, Layer
 from ..ops import Gradient
 from ..statistics import Store
 from ..tape import Pass
@@ -109,9 +109,14 @@ class Approximation(ABC):
     def state(self, layer: int) -> dict[str, list[Tensor]]:
         """Views of all that is kept for a layer between steps; each list stacks to one tensor of a checkpoint."""
 
+    @classmethod
     @abstractmethod
+    def numbers(cls, block: Block) -> int:
+        """How many numbers are kept for a block, or at most: what can be said before anything is allocated."""
+
     def memory(self, layer: int) -> int:
         """Bytes kept for a layer."""
+        return sum(self.numbers(block) for block in self.layers[layer].blocks) * self.stores[0].sums.element_size()
 
     @abstractmethod
     def failures(self) -> Tensor:

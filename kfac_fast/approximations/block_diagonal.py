@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..factors import Factors
 from ..inverses import Inverses
-from ..layers import Inputs, KroneckerLayer
+from ..layers import Block, Inputs, KroneckerLayer
 from ..ops import Gradient
 from ..tape import Pass
 from .base import Approximation, block_names
@@ -48,7 +48,7 @@ class BlockDiagonalFisher(Approximation):
         return [view for views in self.damped.matrices(layer).values() for view in views]
 
     def inverse_bytes(self, layer: int) -> int:
-        return self.factors.bytes(layer)
+        return sum(block.numbers for block in self.layers[layer].blocks) * self.factors.sums.element_size()
 
     def keep(self, layers: Sequence[int]) -> None:
         self.damped.keep(self._blocks_of(layers))
@@ -62,8 +62,9 @@ class BlockDiagonalFisher(Approximation):
     def state(self, layer: int) -> dict[str, list[Tensor]]:
         return {**self.factors.state(layer), **self.damped.state(layer)}
 
-    def memory(self, layer: int) -> int:
-        return BUFFERS * self.factors.bytes(layer)
+    @classmethod
+    def numbers(cls, block: Block) -> int:
+        return BUFFERS * block.numbers
 
     def failures(self) -> Tensor:
         return self.damped.failures.view(2, -1).sum(0)

@@ -13,7 +13,7 @@ from .. import ops
 from ..chain import NotAChainError, Trace, chain_of
 from ..factors import Factors
 from ..inverses import KFACWarning
-from ..layers import Inputs, KroneckerLayer
+from ..layers import Block, Inputs, KroneckerBlock, KroneckerLayer
 from ..layers.linear import LinearLayer
 from ..ops import Gradient
 from ..tape import Pass
@@ -222,10 +222,18 @@ class BlockTridiagonalFisher(BlockDiagonalFisher):
             "broken": [self.broken[layer : layer + 1]],
         }
 
+    @classmethod
+    def numbers(cls, block: Block) -> int:
+        # Cross factors, their pending sums, Ψ and roots are rectangles between neighbours: together at most as many
+        # numbers as four sets of factors, and two vectors.
+        assert isinstance(block, KroneckerBlock)
+        return super().numbers(block) + 4 * block.numbers + block.a + block.g
+
     def memory(self, layer: int) -> int:
         p = self.cross.position[layer]
         own = sum(tensor.nbytes for tensor in self._pairs[p].tensors()) if p < len(self._pairs) else 0
-        return super().memory(layer) + 2 * self.cross.bytes(layer) + own
+        numbers = sum(BlockDiagonalFisher.numbers(block) for block in self.layers[layer].blocks)
+        return numbers * self.factors.sums.element_size() + 2 * self.cross.bytes(layer) + own
 
     def failures(self) -> Tensor:
         return super().failures() + self.broken

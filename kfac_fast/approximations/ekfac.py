@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..factors import Factors
 from ..inverses import KFACWarning
-from ..layers import Inputs, KroneckerLayer
+from ..layers import Block, Inputs, KroneckerBlock, KroneckerLayer
 from ..ops import Gradient
 from ..tape import Pass
 from .base import Approximation, as_matrix, block_names, eigenvectors, write_matrix
@@ -126,9 +126,11 @@ class EigenFisher(Approximation):
             "failures": [self._failures[own.start : own.stop]],
         }
 
-    def memory(self, layer: int) -> int:
+    @classmethod
+    def numbers(cls, block: Block) -> int:
+        assert isinstance(block, KroneckerBlock)
         # Factors, their pending sums and bases; S and its pending sums.
-        return 3 * self.factors.bytes(layer) + 2 * self.spectra.bytes(layer)
+        return 3 * block.numbers + 2 * block.a * block.g
 
     def failures(self) -> Tensor:
         return self._failures

@@ -135,10 +135,6 @@ class Spectra(Store):
         spectra = {f"spectrum_{n}": [self.running[i]] for n, i in enumerate(own)}
         return {**spectra, "spectrum_updates": [self.updates[own.start : own.stop]]}
 
-    def bytes(self, layer: int) -> int:
-        """Of one set of the layer's S."""
-        return sum(self.running[i].nbytes for i in self._factors.blocks_of(layer))
-
 
 @dataclass
 class _Use:

@@ -6,7 +6,7 @@ To support another kind of module, subclass `WeightLayer` or another class of ``
 
 from __future__ import annotations
 
-from . import attention, conv, linear, recurrent
+from . import attention, conv, embedding, linear, norm, recurrent
 from .base import (
     Block,
     Inputs,
@@ -38,7 +38,9 @@ __all__ = [
     "attention",
     "conv",
     "discover",
+    "embedding",
     "linear",
+    "norm",
     "recurrent",
     "register",
 ]

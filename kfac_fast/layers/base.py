@@ -49,6 +49,11 @@ class Block:
     parameters: tuple[str, ...]
     label: str = ""
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers its second moments are."""
+        return 0
+
 
 @dataclass(frozen=True)
 class KroneckerBlock(Block):
@@ -68,6 +73,11 @@ class KroneckerBlock(Block):
     a_diagonal: bool = False
     g_diagonal: bool = False
 
+    @property
+    def numbers(self) -> int:
+        """Elements of A and G."""
+        return (self.a if self.a_diagonal else self.a**2) + (self.g if self.g_diagonal else self.g**2)
+
     def limited(self, max_side: int) -> KroneckerBlock:
         """With only the diagonal of a factor that has more rows than this."""
         return dataclasses.replace(
@@ -80,6 +90,11 @@ class UnitBlock(Block):
     """A 2×2 block per unit, for its scale and shift."""
 
     units: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """Second moments of scale and shift."""
+        return 3 * self.units
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,6 @@ class Layer(ABC):
         self.name = name
         self.module = module
         self.modules: list[nn.Module] = [module]  # several if they share all parameters: their uses are pooled
-        self.partner: Layer | None = None  # the other user of the weight, where an embedding and a head share it
 
     @classmethod
     def unsupported(cls, module: Any) -> str | None:
@@ -164,6 +178,7 @@ class KroneckerLayer(Layer):
     """A layer of blocks A ⊗ G, each a matrix that is applied to every row of its inputs."""
 
     max_side: int | None = None  # a larger factor keeps its diagonal only; None: no limit
+    head: KroneckerLayer | None = None  # of an embedding: the output layer that has the same weight
 
     @functools.cached_property
     def blocks(self) -> Sequence[KroneckerBlock]:
@@ -248,7 +263,8 @@ class UnitLayer(Layer):
         return _by_example(scale, examples), _by_example(self.by_unit(gradient), examples)
 
     def matrices(self, values: Mapping[str, Tensor]) -> Sequence[Gradient]:
-        return [(values["weight"], values.get("bias"))]
+        bias = values.get("bias")
+        return [(values["weight"].flatten(), None if bias is None else bias.flatten())]
 
 
 def _by_example(values: Tensor, examples: int) -> Tensor:

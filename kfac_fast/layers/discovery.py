@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,17 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .base import Layer, registered
+from .base import KroneckerLayer, Layer, registered
+from .embedding import EmbeddingLayer
+from .linear import LinearLayer
+
+# Three buffers of an 8192² factor are 0.8 GB in float32, and its inverse takes about a second on a fast CPU.
+MAX_SIDE = 8192
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Which modules are preconditioned, and by which class.
+    """Which modules are preconditioned, by which class, and within what memory.
 
     Patterns are those of the shell (``fnmatch``) and are matched with the names of ``model.named_modules()``: "head",
     "encoder.*", "*.norm?".
@@ -27,14 +33,21 @@ class Blocks:
         exclude: A module that matches one of these is left out.
         classes: `Layer` classes by pattern, in place of the one registered for the module's type; the first match
             counts.
+        max_side: A factor with more rows than this keeps its diagonal only; None never does. The default is where
+            memory (three n × n matrices) and the time of an inverse become a surprise: vocabularies.
+        max_factor_bytes: Most memory for factors, pending sums and inverses together. A model that needs more is
+            refused, with the sum in the message; None refuses none. `KFAC.memory` tells.
 
     Raises:
         TypeError: A pattern that is no string, a class that is no `Layer`.
+        ValueError: ``max_side`` or ``max_factor_bytes`` below 1.
     """
 
     include: str | Sequence[str] = "*"
     exclude: str | Sequence[str] = ()
     classes: Mapping[str, type[Layer]] = field(default_factory=dict)
+    max_side: int | None = MAX_SIDE
+    max_factor_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -46,6 +59,10 @@ class Blocks:
         for pattern, layer in self.classes.items():
             if not (isinstance(pattern, str) and isinstance(layer, type) and issubclass(layer, Layer)):
                 raise TypeError(f"classes must map patterns to Layer classes, got {pattern!r}: {layer!r}")
+        for name in ("max_side", "max_factor_bytes"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be an integer >= 1 or None, got {name}={value!r}")
 
     def reason_against(self, name: str) -> str | None:
         """Why a module of this name is left out."""
@@ -114,6 +131,8 @@ def _candidate(name: str, module: nn.Module, blocks: Blocks) -> Layer | str:
     if reason is not None:
         return reason
     layer = made(name, module)
+    if isinstance(layer, KroneckerLayer):
+        layer.max_side = blocks.max_side
     return layer
 
 
@@ -154,7 +173,7 @@ def _uses(model: nn.Module) -> dict[int, int]:
 
 
 def _settle_ties(layers: list[Layer], uses: dict[int, int], reasons: dict[int, str]) -> list[Layer]:
-    """Pools layers that are the same in all but their module, drops other ties."""
+    """Pools layers that are the same in all but their module, pairs tied embeddings and heads, drops other ties."""
     sharing: dict[int, list[Layer]] = defaultdict(list)
     for layer in layers:
         for p in layer.parameters.values():
@@ -168,7 +187,7 @@ def _settle_ties(layers: list[Layer], uses: dict[int, int], reasons: dict[int, s
         else:
             group, pooled = _pool(group)
             dropped |= {id(layer) for layer in pooled}
-            if len(group) <= 1:
+            if len(group) <= 1 or _pair(group):
                 continue
             reason = "it is shared with a module that differs in kind, settings or other parameters"
         for layer in group:
@@ -190,3 +209,13 @@ def _pool(group: list[Layer]) -> tuple[list[Layer], list[Layer]]:
             first.modules += layer.modules
             gone.append(layer)
     return list(kept.values()), gone
+
+
+def _pair(group: list[Layer]) -> bool:
+    """Makes an embedding and the output layer that shares its table one block."""
+    embedding, head = sorted(group, key=lambda layer: isinstance(layer, LinearLayer))[:2]
+    if len(group) > 2 or not (isinstance(embedding, EmbeddingLayer) and isinstance(head, LinearLayer)):
+        return False
+    head.blocks = [dataclasses.replace(block, g_diagonal=True) for block in head.blocks]
+    embedding.head = head
+    return True
