@@ -74,6 +74,7 @@ class Blocks:
         return f"it is not included (include={', '.join(map(repr, self.include))})"
 
     def layer_class(self, name: str, module: nn.Module) -> type[Layer] | None:
+        """The class for a module of this name; None if there is none."""
         for pattern, layer in self.classes.items():
             if fnmatchcase(name, pattern):
                 return layer
