@@ -25,7 +25,9 @@ def network() -> nn.Sequential:
 
 
 def reasons(model: nn.Module, **options: Any) -> dict[str, str]:
-    return {row.name: row.reason for row in Preconditioner(model, **options).report()}
+    pre = Preconditioner(model, **options)
+    pre.close()
+    return {row.name: row.reason for row in pre.report()}
 
 
 def test_include_and_exclude_by_pattern() -> None:
