@@ -156,7 +156,8 @@ cudaError_t run(const DampedInverse& op, const Context& ctx) {
                                          op.nan_on_failure};
   cudaError_t error = layout.arena.upload(ctx.stream);
   if (error == cudaSuccess && layout.global.count > 0) {
-    error = launch_global_class(arguments, layout.global, layout.arena, ctx.stream);
+    error = launch_global_class(arguments, layout.global, layout.arena,
+                                three_tf32_products_pay(compute_capability(ctx.device)), ctx.stream);
   }
   for (int c = Classes::kBlock; c < Classes::kCount && error == cudaSuccess; ++c) {
     const int begin = layout.classes.begin[c], count = layout.classes.count(c);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "inverse.cuh"
+#include "pipeline.cuh"
 
 namespace kfac_fast {
 
@@ -104,11 +105,16 @@ __device__ int invert_root(T* square,   // [64, kRootStride]
 template <typename T>
 using GlobalTile = Tile<T, kGlobalSide>;
 
+// The update on tensor cores, with as many threads as invert_root takes.
+struct GlobalMmaTile : MmaTile<float, kGlobalSide> {
+  static constexpr int kThreads = 256, kRows = 1, kLoads = kGlobalSide * kDepth / kThreads;
+};
+
 // Shared memory of the kernels: the stages of a product, or the square of invert_root and its scratch.
 template <typename T>
 constexpr size_t kGlobalSharedBytes =
-    std::max(GlobalTile<T>::kSharedBytes,
-             sizeof(T) * (kGlobalSide * kRootStride + kPanel * kPanel + kPanel * kGlobalSide)) +
+    std::max({GlobalTile<T>::kSharedBytes, GlobalMmaTile::kSharedBytes,
+              sizeof(T) * (kGlobalSide * kRootStride + kPanel * kPanel + kPanel * kGlobalSide)}) +
     16;
 
 // Factors the diagonal tile in `square` (shared memory, as left by the caller behind a barrier) for step `step`.
@@ -226,13 +232,13 @@ __global__ void __launch_bounds__(GlobalTile<T>::kThreads, 2)
   store_tile(tile, acc, i < step);
 }
 
-// The rest of the matrix: A_ij -= W_i W_j^T. The first `active` CTAs hold the next diagonal tiles and factor them.
-// One CTA per tile; 256 threads with 4x4 elements each.
-// Bandwidth of the L2 cache (4 tiles moved per product of depth 64) and FMA about equally.
-template <typename T>
+// The rest of the matrix: A_ij -= W_i W_j^T, by FMA or by three TF32 products, which are as accurate here. The first
+// `active` CTAs hold the next diagonal tiles and factor them.
+// One CTA per tile; 256 threads with 4x4 elements each, or 8 warps with 16x32.
+// Bandwidth of the L2 cache (4 tiles moved per product of depth 64) and arithmetic about equally.
+template <typename T, bool kTensorCores>
 __global__ void __launch_bounds__(GlobalTile<T>::kThreads, 2)
     damped_inverse_update_kernel(GlobalTables<T> tables, int active, int step) {
-  using Loader = TileLoader<T>;
   int owner = static_cast<int>(blockIdx.x), i = step + 1, j = step + 1;
   const bool next = owner < active;
   if (!next) {
@@ -251,23 +257,40 @@ __global__ void __launch_bounds__(GlobalTile<T>::kThreads, 2)
   const T* const wi = matrix.panel + static_cast<int64_t>(i) * kGlobalTile;
   const T* const wj = matrix.panel + static_cast<int64_t>(j) * kGlobalTile;
   T* const shared = shared_memory<T>();
-  T acc[4][4] = {};
-  multiply<GlobalTile<T>>(acc, Loader{wi, {false}}, Loader{wj, {false}}, i == j, 0, kGlobalSide, shared);
+  const auto subtract = [&](auto&& visit) {
+    const auto write = [&](int r, int c, T& value) {
+      value = tile[r * kGlobalSide + c] - value;
+      if (!next) tile[r * kGlobalSide + c] = value;
+    };
+    hand_around<kGlobalSide, GlobalTile<T>::kThreads>(shared, visit, write, [](int) {});
+  };
+  if constexpr (kTensorCores) {
+    using Tile = GlobalMmaTile;
+    T* const q = i == j ? shared : shared + Tile::kStages * Tile::kStage;
+    const auto copy = [](T* stage, const T* w, int64_t k0) {
+      copy_vectors<Tile>(stage, w, kGlobalSide, k0, kGlobalSide, 0, kGlobalSide, false, [](int64_t) { return T(0); });
+    };
+    MmaSums<Tile> sums;
+    multiply_pipelined<Tile>(sums, 0, kGlobalSide, shared, q, [&](int stage, int64_t k0) {
+      copy(shared + stage * Tile::kStage, wi, k0);
+      if (i != j) copy(q + stage * Tile::kStage, wj, k0);
+    });
+    subtract([&](auto&& put) { sums.visit(put); });
+  } else {
+    using Tile = GlobalTile<T>;
+    using Loader = TileLoader<T>;
+    T acc[4][4] = {};
+    multiply<Tile>(acc, Loader{wi, {false}}, Loader{wj, {false}}, i == j, 0, kGlobalSide, shared);
+    subtract([&](auto&& put) {
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    T before[4];
-    load4(tile + GlobalTile<T>::row(r) * kGlobalSide + GlobalTile<T>::column(0), before);
+      for (int r = 0; r < 4; ++r) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) acc[r][c] = before[c] - acc[r][c];
+        for (int c = 0; c < 4; ++c) put(Tile::row(r), Tile::column(c), acc[r][c]);
+      }
+    });
   }
-  if (!next) return store_tile(tile, acc, false);
+  if (!next) return;
   // The next diagonal tile is consumed here and now: the panel launch of its own step overwrites it.
-  __syncthreads();
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) shared[GlobalTile<T>::row(r) * kRootStride + GlobalTile<T>::column(c)] = acc[r][c];
-  }
   __syncthreads();
   factor_diagonal(matrix, shared, step + 1, tables.found + owner);
 }
@@ -342,7 +365,7 @@ struct GlobalLayout {
 
 template <typename T>
 cudaError_t launch_global_class(const InverseArguments<T>& arguments, const GlobalLayout<T>& layout, const Arena& arena,
-                                void* stream) {
+                                bool tensor_cores, void* stream) {
   const GlobalTables<T> tables = {arena.on_device(layout.entries),
                                   arena.on_device(layout.first_panel),
                                   arena.on_device(layout.first_update),
@@ -355,6 +378,10 @@ cudaError_t launch_global_class(const InverseArguments<T>& arguments, const Glob
   constexpr size_t kShared = kGlobalSharedBytes<T>;
   const int32_t triangles = layout.first_triangle[layout.count];
   cudaError_t error = launch(damped_inverse_load_kernel<T>, triangles, kThreads, kShared, stream, arguments, tables);
+  auto* update = damped_inverse_update_kernel<T, false>;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (tensor_cores) update = damped_inverse_update_kernel<T, true>;
+  }
   int active = layout.count;
   for (int step = 0; error == cudaSuccess; ++step) {
     while (active > 0 && layout.entries[active - 1].tiles <= step) --active;
@@ -362,8 +389,7 @@ cudaError_t launch_global_class(const InverseArguments<T>& arguments, const Glob
     error = launch(damped_inverse_panel_kernel<T>, layout.first_panel[active], kThreads, kShared, stream, tables,
                    active, step);
     if (error != cudaSuccess) break;
-    error = launch(damped_inverse_update_kernel<T>, active + layout.first_update[active], kThreads, kShared, stream,
-                   tables, active, step);
+    error = launch(update, active + layout.first_update[active], kThreads, kShared, stream, tables, active, step);
   }
   if (error != cudaSuccess) return error;
   return launch(damped_inverse_store_kernel<T>, triangles, kThreads, kShared, stream, arguments, tables);

@@ -238,6 +238,9 @@ void test_damped_inverse() {
   test_sizes<double>({97, 256, 20, 129, 128, 191}, "damped_inverse f64 global class");
   test_failures<float>({300, 150, 200, 192, 145, 400});
   test_failures<double>({100, 150, 129, 192});
+  simt_set_device(65536, 132, 90);
+  test_sizes<float>({145, 448, 20, 257, 192}, "damped_inverse f32 global class on tensor cores");
+  test_failures<float>({300, 150, 192, 400});
   simt_set_device(232448, 132, 90);
   test_failures<float>({1, 1, 7, 8, 12, 16, 5, 32, 32, 20, 50, 64, 33, 100, 150, 130, 200, 33});
   test_failures<double>({1, 2, 7, 8, 12, 16, 5, 32, 32, 20, 50, 64, 33, 100, 150, 33});

@@ -81,9 +81,14 @@ def main() -> None:
         ]
         found = {(k["kernel"], k["arch"]): k for job in jobs for k in job.result()}
     asked = {arch: launched(Recorder(path, arch)) for arch in args.architectures}
+    for k in found.values():
+        if k["spilled"]:
+            raise SystemExit(f"{k['kernel']} has spills or a stack frame on {k['arch']}")
     rows = []
     for kernel in sorted({kernel for kernel, _ in found}):
         uses = [asked[arch][kernel] for arch in args.architectures if kernel in asked[arch]]
+        if not uses:
+            continue  # none of these architectures is given it
         low, high = min(use[1] for use in uses), max(use[2] for use in uses)
         kib = " – ".join(f"{bytes_ / 1024:.1f}" for bytes_ in dict.fromkeys((low, high)))
         row = [f"`{kernel}`", str(max(use[0] for use in uses)), kib]
@@ -94,8 +99,6 @@ def main() -> None:
                 continue
             threads, _, shared = asked[arch][kernel]
             row.append(f"{k['registers']} · {resident(arch, k['registers'], threads, shared)}")
-            if k["spilled"]:
-                raise SystemExit(f"{kernel} has spills or a stack frame on {arch}")
         rows.append(row)
     text = generated.markdown(["kernel", "threads", "shared, KiB", *args.architectures], rows)
     text += f"\n\n{len(rows)} kernels; no spills and no stack frames on {', '.join(args.architectures)}."
