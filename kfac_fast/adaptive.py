@@ -26,6 +26,9 @@ from .vectors import ParameterVector
 
 Closure = Callable[[], Tensor]
 
+# Fewer examples miss directions in which the loss is curved, and a step along them then throws the model far off.
+LEAST_EXAMPLES = 200
+
 # λ tried by damping="auto", from safe to bold.
 CALIBRATION = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5)
 
@@ -40,7 +43,7 @@ class Adaptive:
         t3: Steps between updates of the inverses; the first three steps always update them. The paper has 20. Here
             inverses are cheap beside a pass over a large batch, and fresh ones make each step worth more.
         momentum: Whether the last step is part of the next one.
-        product_fraction: Part of the batch for products with the exact Fisher (τ₂).
+        product_fraction: Part of the batch for products with the exact Fisher (τ₂), of 200 examples at least.
         gamma: "search" tries γ and its neighbours every t2 steps (sec. 6.6); "sqrt" keeps γ = √(λ+η) (sec. 6.3), which
             is behind it after 300 updates (docs/convergence.md).
         gamma_max: Upper end of the search. The paper has none; with products on part of a batch it can run off.
@@ -247,8 +250,9 @@ class AdaptiveRule:
         terms = 0.0
         for batch in batches:
             part, chosen = batch.inputs, slice(None)
-            if self.config.product_fraction < 1 and batch.inputs.divisible:
-                part, chosen = batch.inputs.part(self.config.product_fraction, self.preconditioner.steps)
+            fraction = max(self.config.product_fraction, min(1.0, LEAST_EXAMPLES / max(batch.inputs.size, 1)))
+            if fraction < 1 and batch.inputs.divisible:
+                part, chosen = batch.inputs.part(fraction, self.preconditioner.steps)
             counted = batch.counted[chosen]
             with capture.paused():
                 forms = self.products.forms(part, counted, tangents)
