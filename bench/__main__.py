@@ -1,4 +1,4 @@
-"""``python -m bench [names…] [--json PATH]``: run it alone on the machine."""
+"""``python -m bench [names…] [--case TEXT] [--json PATH]``: run it alone on the machine."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import argparse
 from pathlib import Path
 
 from . import adaptive, damped_inverse, factor_update, precondition, step
-from .harness import HEADER, Row, line, machine, save
+from .harness import HEADER, Row, line, machine, run, save
 
 SCRIPTS = {
-    "damped_inverse": damped_inverse.run,
-    "factor_update": factor_update.run,
-    "precondition": precondition.run,
-    "step": step.run,
-    "adaptive": adaptive.run,
+    "damped_inverse": lambda case: run(damped_inverse.cases(), case),
+    "factor_update": lambda case: run(factor_update.cases(), case),
+    "precondition": lambda case: run(precondition.cases(), case),
+    "step": lambda case: run(step.cases(), case),
+    "adaptive": lambda case: [] if case else adaptive.run(),  # its cases share their steps
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *SCRIPTS], help="which; default all")
+    parser.add_argument("--case", default="", help="only rows whose name contains this; one takes a few seconds")
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"), help="where the figures go")
     options = parser.parse_args()
     print(" · ".join(f"{key} {value}" for key, value in machine().items()))
     print(HEADER)
     rows: list[Row] = []
     for name in options.names or SCRIPTS:
-        rows += SCRIPTS[name]()
+        rows += SCRIPTS[name](options.case)
     save(rows, options.json)
     missed = [row for row in rows if not row.reached]
     print(f"\n{len(rows) - len(missed)} of {len(rows)} bars reached; figures in {options.json}")

@@ -1,22 +1,24 @@
-"""Damped inverses: blocks of one size stacked, and a mixed batch, against torch.linalg."""
+"""Damped inverses: blocks of one size stacked, and a mixed batch, against torch.linalg and the rate of torch.mm."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from kfac_fast import BlockDiagonal, ops
 
-from .harness import Row, compare
+from .harness import Call, Case
 
-# (side, bar against torch, bar as a fraction of the machine's sgemm rate)
+# (side, how many: the rival takes 20 to 200 ms, bar against torch.linalg, bar as a fraction of torch.mm's rate)
 SIZES = [
-    (8, 30, None), (16, 20, None), (32, 15, None), (64, 10, 0.35), (128, 6, 0.5), (256, 3, 0.5), (512, 2, 0.5),
-    (1024, 1.6, 0.5), (2048, 1.3, 0.5),
+    (8, 32768, 30, None), (16, 16384, 20, None), (32, 4096, 15, None), (64, 1024, 10, 0.35), (128, 240, 6, 0.5),
+    (256, 64, 3, 0.5), (512, 16, 2, 0.5), (1024, 3, 1.6, 0.5), (2048, 1, 1.3, 0.5),
 ]  # fmt: skip
 DAMPING = 0.1
+MM = 2048
 
 
 def well_conditioned(n: int) -> Tensor:
@@ -30,47 +32,39 @@ def stacked_inverse(stack: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
 
 
-def sgemm_rate() -> float:
-    """Floating point operations per second of torch.mm at 2048."""
-    import time
-
-    a = torch.randn(2048, 2048)
-    torch.mm(a, a)
-    best = 1e9
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+def inversion(sizes: list[int]) -> tuple[Call, list[Tensor]]:
+    """Our call, and the blocks."""
+    samples = {n: well_conditioned(n) for n in set(sizes)}
+    blocks = BlockDiagonal.pack([samples[n] for n in sizes])
+    out = blocks.empty_like()
+    return lambda: ops.damped_inverse(blocks, DAMPING, out), [block.clone() for block in blocks]
 
 
-def run() -> list[Row]:
-    rows = []
-    for n, bar, fraction in SIZES:
-        count = max(1, min(4096, int(2e9 / n**3 / 8)))
-        blocks = BlockDiagonal.pack([well_conditioned(n)] * count)
-        out = blocks.empty_like()
-        stack = torch.stack(list(blocks)).clone()
-        rows.append(
-            compare(
-                "damped_inverse", f"{count} × {n}²", "cholesky_ex + cholesky_inverse",
-                lambda b=blocks, o=out: ops.damped_inverse(b, DAMPING, o),
-                lambda s=stack: stacked_inverse(s), bar,
-            )
-        )  # fmt: skip
-        rate = count * n**3 / rows[-1].ours_s / sgemm_rate()
-        rows[-1].extra["of_sgemm"] = rate
-        print(f"{'':16}  {rate:.2f} of the sgemm rate" + ("" if fraction is None else f" (at least {fraction})"))
+def against_linalg(n: int, count: int) -> tuple[Call, Call]:
+    ours, blocks = inversion([n] * count)
+    stack = torch.stack(blocks)
+    return ours, lambda: stacked_inverse(stack)
+
+
+def against_mm(n: int, count: int) -> tuple[Call, Call]:
+    a = torch.randn(MM, MM)
+    return inversion([n] * count)[0], lambda: torch.mm(a, a)
+
+
+def mixed() -> tuple[Call, Call]:
     generator = random.Random(0)
-    sizes = [generator.randint(8, 512) for _ in range(200)]
-    mixed = BlockDiagonal.pack([well_conditioned(n) for n in sizes])
-    out = mixed.empty_like()
-    singles = [b.clone() for b in mixed]
-    rows.append(
-        compare(
-            "damped_inverse", "200 blocks of 8…512", "the same, block by block",
-            lambda: ops.damped_inverse(mixed, DAMPING, out),
-            lambda: [stacked_inverse(b) for b in singles], 5,
-        )
-    )  # fmt: skip
-    return rows
+    ours, blocks = inversion([generator.randint(8, 512) for _ in range(200)])
+    return ours, lambda: [stacked_inverse(block) for block in blocks]
+
+
+def cases() -> Iterator[Case]:
+    op = "damped_inverse"
+    for n, count, bar, fraction in SIZES:
+        name = f"{count} × {n}²"
+        linalg = "cholesky_ex + cholesky_inverse"
+        yield Case(op, name, linalg, lambda n=n, count=count: against_linalg(n, count), bar)
+        if fraction is not None:
+            scale = count * n**3 / (2 * MM**3)
+            rate = f"n³ operations at torch.mm's rate ({MM}²)"
+            yield Case(op, f"{name}, rate", rate, lambda n=n, count=count: against_mm(n, count), fraction, scale)
+    yield Case(op, "200 blocks of 8…512", "the same, block by block", mixed, 5)

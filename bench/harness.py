@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,10 +19,29 @@ from kfac_fast.ops.native import cpu_table
 REPEATS = 11
 TARGET_SECONDS = 0.06  # of one timed stretch; long enough for the clock, short enough for a full table
 
+Call = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """One comparison to make. `make` does the set-up and returns our call and the rival's.
+
+    `scale` multiplies the rival's time where its call does another amount of work. `extra` is called once the times are
+    there, for figures beside them.
+    """
+
+    op: str
+    name: str
+    rival: str
+    make: Callable[[], tuple[Call, Call]]
+    bar: float | None = None
+    scale: float = 1.0
+    extra: Callable[[Call], dict[str, float]] | None = None
+
 
 @dataclass
 class Row:
-    """One comparison. Times are seconds per call; ratio = rival / ours, so that larger is better."""
+    """One comparison made. Times are seconds per call; ratio = rival / ours, so that larger is better."""
 
     op: str
     case: str
@@ -40,51 +59,50 @@ class Row:
         return self.bar is None or self.ratio >= self.bar
 
 
-def _stretch(run: Callable[[], object], count: int) -> float:
+def _stretch(run: Call, count: int) -> float:
     start = time.perf_counter()
     for _ in range(count):
         run()
     return (time.perf_counter() - start) / count
 
 
-def _count_for(run: Callable[[], object]) -> int:
+def _count_for(run: Call) -> int:
     run()  # warm-up: first-touch memory, plans, thread pools
     once = _stretch(run, 1)
     return max(1, round(TARGET_SECONDS / max(once, 1e-7)))
 
 
-def compare(
-    op: str,
-    case: str,
-    rival_name: str,
-    ours: Callable[[], object],
-    rival: Callable[[], object],
-    bar: float | None = None,
-    **extra: float,
-) -> Row:
-    """Times both in turn and prints the row."""
+def measure(case: Case) -> Row:
+    """Times both in turn."""
+    ours, rival = case.make()
     counts = _count_for(ours), _count_for(rival)
-    times: list[tuple[float, float]] = []
-    for _ in range(REPEATS):
-        times.append((_stretch(ours, counts[0]), _stretch(rival, counts[1])))
+    times = [(_stretch(ours, counts[0]), _stretch(rival, counts[1]) * case.scale) for _ in range(REPEATS)]
     ratios = sorted(r / o for o, r in times)
-    row = Row(
-        op,
-        case,
-        rival_name,
+    return Row(
+        case.op,
+        case.name,
+        case.rival,
         statistics.median(o for o, _ in times),
         statistics.median(r for _, r in times),
         statistics.median(ratios),
         ratios[len(ratios) // 10],
         ratios[-1 - len(ratios) // 10],
-        bar,
-        extra,
+        case.bar,
+        case.extra(ours) if case.extra is not None else {},
     )
-    print(line(row), flush=True)
-    return row
 
 
-HEADER = f"{'op':<16}{'case':<34}{'ours':>11}{'rival':>11}{'ratio':>8}{'p10–p90':>13}{'bar':>7}"
+def run(cases: Iterable[Case], containing: str = "") -> list[Row]:
+    """Measures and prints the cases whose name contains this."""
+    rows = []
+    for case in cases:
+        if containing in case.name:
+            rows.append(measure(case))
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+HEADER = f"{'op':<16}{'case':<38}{'ours':>10}{'rival':>10}{'ratio':>7}{'p10–p90':>13}{'bar':>8}"
 
 
 def line(row: Row) -> str:
@@ -93,8 +111,8 @@ def line(row: Row) -> str:
     spread = f"{row.ratio_p10:.2f}–{row.ratio_p90:.2f}"
     extra = "".join(f"  {key} {value:.2f}" for key, value in row.extra.items())
     return (
-        f"{row.op:<16}{row.case:<34}{readable(row.ours_s):>11}{readable(row.rival_s):>11}{row.ratio:>8.2f}"
-        f"{spread:>13}{bar:>7}{extra}"
+        f"{row.op:<16}{row.case:<38}{readable(row.ours_s):>10}{readable(row.rival_s):>10}{row.ratio:>7.2f}"
+        f"{spread:>13}{bar:>8}{extra}"
     )
 
 
@@ -124,6 +142,12 @@ def machine() -> dict[str, object]:
 
 
 def save(rows: list[Row], path: Path) -> None:
-    """Writes the rows and the machine as JSON."""
+    """Writes the rows and the machine as JSON; rows of an earlier run on this machine are kept where none is newer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    fresh = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+    if path.exists():
+        saved = json.loads(path.read_text())
+        if saved["machine"] == fresh["machine"]:
+            made = {(row.op, row.case) for row in rows}
+            fresh["rows"] = [row for row in saved["rows"] if (row["op"], row["case"]) not in made] + fresh["rows"]
+    path.write_text(json.dumps(fresh, indent=1) + "\n")

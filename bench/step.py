@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from kfac_fast import KFAC
 from kfac_fast.data import curves_autoencoder
+from kfac_fast.ops import native
 
-from .harness import Row, compare
+from .harness import Call, Case
 
 Loss = Callable[[Tensor], Tensor]
+STEPS = 10  # looked at for the time inside kernels: one round of the inverses
 
 
 class ManyLayers(nn.Module):
@@ -31,7 +34,7 @@ class ManyLayers(nn.Module):
         return torch.stack(h, 1)
 
 
-def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, loss: Loss) -> Callable[[], None]:
+def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, loss: Loss) -> Call:
     def step() -> None:
         optimizer.zero_grad()
         loss(model(x)).backward()
@@ -40,18 +43,35 @@ def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, loss:
     return step
 
 
-def ratio(name: str, make: Callable[[], nn.Module], x: Tensor, loss: Loss, bar: float, **options: object) -> Row:
-    sgd_model, model = make(), make()
-    sgd = torch.optim.SGD(sgd_model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
-    kfac = KFAC(model, lr=1e-4, **options)  # type: ignore[arg-type]
-    # A bar is at most `bar` times SGD; compare() wants rival / ours at least something.
-    row = compare(
-        "step", name, "SGD momentum", stepper(model, kfac, x, loss), stepper(sgd_model, sgd, x, loss), 1 / bar,
-    )  # fmt: skip
-    row.extra["times_sgd"] = 1 / row.ratio
-    row.extra["at_most"] = bar
-    print(f"{'':16}  {1 / row.ratio:.2f} times SGD (at most {bar})")
-    return row
+def kernel_share(step: Call) -> dict[str, float]:
+    """Milliseconds that a step spends inside the ops' native calls."""
+    run, spent = native._run, 0.0
+
+    def timed(*arguments: object) -> None:
+        nonlocal spent
+        start = time.perf_counter()
+        run(*arguments)  # type: ignore[arg-type]
+        spent += time.perf_counter() - start
+
+    native._run = timed  # type: ignore[assignment]
+    try:
+        for _ in range(STEPS):
+            step()
+    finally:
+        native._run = run
+    return {"kernels_ms": 1e3 * spent / STEPS}
+
+
+def case(name: str, make: Callable[[], nn.Module], x: Tensor, loss: Loss, bar: float, **options: object) -> Case:
+    """A bar is at most `bar` times SGD; a row wants rival / ours at least something."""
+
+    def calls() -> tuple[Call, Call]:
+        sgd_model, model = make(), make()
+        sgd = torch.optim.SGD(sgd_model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
+        kfac = KFAC(model, lr=1e-4, **options)  # type: ignore[arg-type]
+        return stepper(model, kfac, x, loss), stepper(sgd_model, sgd, x, loss)
+
+    return Case("step", name, "SGD momentum", calls, 1 / bar, extra=kernel_share)
 
 
 def bernoulli(y: Tensor) -> Tensor:
@@ -62,15 +82,13 @@ def classes(y: Tensor) -> Tensor:
     return F.cross_entropy(y, torch.zeros(len(y), dtype=torch.long))
 
 
-def run() -> list[Row]:
-    rows = []
+def cases() -> Iterator[Case]:
     x = torch.randn(128, 128)
-    rows.append(ratio("200 layers, everything every step", ManyLayers, x, classes, 3.0, inverse_every=1))
-    rows.append(ratio("200 layers, inverses every 10", ManyLayers, x, classes, 2.0, inverse_every=10))
+    yield case("200 layers, everything every step", ManyLayers, x, classes, 3.0, inverse_every=1)
+    yield case("200 layers, inverses every 10", ManyLayers, x, classes, 2.0, inverse_every=10)
     for batch, bars in ((1000, (2.8, 1.7)), (128, (4.5, 2.2))):
         images = torch.rand(batch, 784)
         every = {"likelihood": "bernoulli", "inverse_every": 1}
-        rows.append(ratio(f"CURVES {batch}, everything", curves_autoencoder, images, bernoulli, bars[0], **every))
+        yield case(f"CURVES {batch}, everything", curves_autoencoder, images, bernoulli, bars[0], **every)
         some = {"likelihood": "bernoulli", "inverse_every": 10, "factor_fraction": 1 / 8}
-        rows.append(ratio(f"CURVES {batch}, τ₁ = 1/8, inv. 10", curves_autoencoder, images, bernoulli, bars[1], **some))
-    return rows
+        yield case(f"CURVES {batch}, τ₁ = 1/8, inv. 10", curves_autoencoder, images, bernoulli, bars[1], **some)
