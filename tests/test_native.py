@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import BUILD
 
 TESTS = Path(__file__).resolve().parent
 
@@ -43,10 +44,23 @@ def test_cpu_kernels_at_every_size(build: Callable[[str], Path]) -> None:
     ],
 )
 def test_sanitizers(tmp_path: Path, folder: str, program: str, sanitize: str) -> None:
+    sanitized(tmp_path, folder, program, f"-DKFAC_FAST_SANITIZE={sanitize}")
+
+
+@pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
+def test_sanitizers_on_one_instruction_set(sanitize: str) -> None:
+    folder = BUILD / f"sanitize-{sanitize.replace(',', '-')}"
+    options = f"-DKFAC_FAST_SANITIZE={sanitize}", "-DKFAC_FAST_BASELINE_ONLY=ON"
+    assert "baseline: ok" in sanitized(folder, "native", "cpu_ops_test", *options)
+
+
+def sanitized(build: Path, folder: str, program: str, *options: str) -> str:
     cmake = [sys.executable, "-m", "cmake"]
-    run(*cmake, "-S", TESTS / folder, "-B", tmp_path, "-G", "Ninja", f"-DKFAC_FAST_SANITIZE={sanitize}")
-    run(*cmake, "--build", tmp_path)
-    assert " passed, 0 failed" in run(tmp_path / program)
+    run(*cmake, "-S", TESTS / folder, "-B", build, "-G", "Ninja", *options)
+    run(*cmake, "--build", build)
+    output = run(build / program)
+    assert " passed, 0 failed" in output
+    return output
 
 
 nvcc = pytest.mark.skipif(

@@ -1,7 +1,9 @@
 #include "kernels.h"
 
 // Must name the instruction sets that sources.cmake compiles, the widest first.
-#if defined(__x86_64__)
+#if defined(KFAC_FAST_BASELINE_ONLY)
+KFAC_FAST_DECLARE_KERNELS(baseline)
+#elif defined(__x86_64__)
 KFAC_FAST_DECLARE_KERNELS(avx512)
 KFAC_FAST_DECLARE_KERNELS(avx2)
 KFAC_FAST_DECLARE_KERNELS(avx2x16)
@@ -27,7 +29,7 @@ constexpr int64_t kMaxInverseSize = 2048;
 
 std::vector<const OpTable*> runnable_tables() {
   std::vector<const OpTable*> tables;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(KFAC_FAST_BASELINE_ONLY)
   static const OpTable avx512 = KFAC_FAST_TABLE(avx512);
   static const OpTable avx2 = KFAC_FAST_TABLE(avx2);
   static const OpTable avx2x16 = KFAC_FAST_TABLE(avx2x16);
@@ -42,7 +44,7 @@ std::vector<const OpTable*> runnable_tables() {
     tables.push_back(&avx2x16);
   }
   tables.push_back(&baseline);
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(KFAC_FAST_BASELINE_ONLY)
   static const OpTable neon = KFAC_FAST_TABLE(neon);
   tables.push_back(&neon);
 #else

@@ -5,6 +5,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "../../csrc/cpu/parallel.h"
+
 #include "factor_update_test.h"
 #include "inverse_test.h"
 #include "precondition_test.h"
@@ -200,6 +206,26 @@ void test_fork(Tally& tally, const OpTable& table, const Options& options) {
   tally.check(waitpid(child, &status, 0) == child && status == 0, std::string(table.name) + " after fork");
 }
 
+// Inside somebody else's parallel region every call keeps to its own thread.
+void test_nested(Tally& tally, const OpTable& table) {
+#if defined(_OPENMP) && !defined(KFAC_FAST_STD_THREADS)
+  Tally inner[2];
+  bool alone[2] = {false, false};
+#pragma omp parallel num_threads(2)
+  {
+    const int thread = omp_get_thread_num();
+    alone[thread] = cpu::usable_threads(4) == 1;
+    check_inverse<float>(inner[thread], table, {400, 64, 16, 16}, 4);
+  }
+  for (int thread = 0; thread < 2; ++thread) {
+    tally.check(alone[thread] && inner[thread].passed > 0 && inner[thread].failed == 0,
+                std::string(table.name) + " nested");
+  }
+#else
+  (void)tally, (void)table;
+#endif
+}
+
 template <typename T>
 void test_all(Tally& tally, const OpTable& table, const Options& options) {
   test_inverse<T>(tally, table, options);
@@ -227,6 +253,7 @@ int main(int argc, char** argv) {
     test::test_all<float>(tally, *table, options);
     test::test_all<double>(tally, *table, options);
     test::test_conversions(tally, *table);
+    test::test_nested(tally, *table);
     test::test_fork(tally, *table, options);
     std::printf("%s: %s\n", table->name, tally.failed == failed_before ? "ok" : "FAILED");
   }
