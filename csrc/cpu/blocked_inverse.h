@@ -152,8 +152,8 @@ inline void store_inverse(const T* a, Padded<T> shape, int64_t begin, int64_t en
 // inverse <- (block + damping I)^-1 on up to `threads` threads. Returns 0 or the index of the failing pivot, in which
 // case `inverse` is untouched.
 template <typename T>
-inline int64_t invert_by_sweep(const T* block, T damping, int64_t n, T* inverse, const SweepScratch<T>& s,
-                               int threads) {
+inline int64_t invert_by_sweep(const T* block, T damping, int64_t n, T* inverse, const SweepScratch<T>& s, int threads,
+                               Ahead& ahead) {
   constexpr int64_t kRows = 32;
   const Padded<T> shape{n};
   parallel_for(threads, ceil_div(shape.rows(), kRows), [&](int64_t strip, int) {
@@ -165,7 +165,7 @@ inline int64_t invert_by_sweep(const T* block, T damping, int64_t n, T* inverse,
     if (failed != 0) return failed;
     parallel_for(threads, shape.panels(), [&](int64_t index, int) { sweep_panel(s, shape, k0, depth, index); });
     if (threads == 1) {
-      symmetric_update<T, Store::subtract>(depth, s.w, s.matrix, shape);
+      symmetric_update<T, Store::subtract>(depth, s.w, s.matrix, shape, ahead);
     } else {
       parallel_for(threads, symmetric_strips<T>(n), [&](int64_t strip, int) {
         symmetric_update_strip<T, Store::subtract>(strip, depth, s.w, s.matrix, shape);

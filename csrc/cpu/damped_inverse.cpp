@@ -39,13 +39,25 @@ void report(const DampedInverse& op, int block, int64_t failed) {
   for (int64_t i = 0; i < n * n; ++i) inverse[i] = static_cast<T>(__builtin_nan(""));
 }
 
+// What the inversion of a block will touch; nothing if there is no such block.
 template <typename T>
-void invert_block(const DampedInverse& op, int block, const SweepScratch<T>& scratch, int threads) {
+Ahead memory_of(const DampedInverse& op, int block) {
+  Ahead ahead;
+  if (block < 0) return ahead;
+  const int64_t n = op.plan.size(block);
+  ahead.add(static_cast<const T*>(op.blocks) + op.plan.offset(block), n * n * static_cast<int64_t>(sizeof(T)));
+  ahead.add(static_cast<const T*>(op.inverse) + op.plan.offset(block), n * n * static_cast<int64_t>(sizeof(T)));
+  return ahead;
+}
+
+template <typename T>
+void invert_block(const DampedInverse& op, int block, int next, const SweepScratch<T>& scratch, int threads) {
+  Ahead ahead = memory_of<T>(op, next);
   const int64_t n = op.plan.size(block);
   T* inverse = static_cast<T*>(op.inverse) + op.plan.offset(block);
   const T* source = static_cast<const T*>(op.blocks) + op.plan.offset(block);
   const int64_t failed =
-      invert_by_sweep(source, static_cast<const T*>(op.damping)[block], n, inverse, scratch, threads);
+      invert_by_sweep(source, static_cast<const T*>(op.damping)[block], n, inverse, scratch, threads, ahead);
   report<T>(op, block, failed);
 }
 
@@ -87,7 +99,7 @@ void invert_group(const DampedInverse& op, int begin, int end, const Scratch<T>&
   group.smallest = group.count == kLanes<T> ? op.plan.size(order[end - 1]) : 0;
   if (cubes * kSmallestGain < static_cast<double>(group.n) * group.n * group.n * group.n) {
     for (int x = begin; x < end; ++x) {
-      if (is_selected(op, order[x])) invert_block(op, order[x], scratch.sweep, 1);
+      if (is_selected(op, order[x])) invert_block(op, order[x], -1, scratch.sweep, 1);
     }
     return;
   }
@@ -123,12 +135,13 @@ void run(const DampedInverse& op, const Context& ctx) {
   const int32_t* order = op.plan.by_decreasing_size().data();
   const Schedule<T> schedule(op.plan, threads);
   for (int x = 0; x < schedule.team; ++x) {
-    if (is_selected(op, order[x])) invert_block<T>(op, order[x], scratch[0].sweep, threads);
+    if (is_selected(op, order[x])) invert_block<T>(op, order[x], -1, scratch[0].sweep, threads);
   }
   parallel_for(threads, schedule.tasks(), [&](int64_t task, int thread) {
     const int x = schedule.team + static_cast<int>(task);
     if (x < schedule.first_small) {
-      if (is_selected(op, order[x])) invert_block<T>(op, order[x], scratch[thread].sweep, 1);
+      const int next = x + threads < schedule.first_small ? order[x + threads] : -1;
+      if (is_selected(op, order[x])) invert_block<T>(op, order[x], next, scratch[thread].sweep, 1);
     } else {
       const int begin = schedule.first_small + (x - schedule.first_small) * kLanes<T>;
       invert_group<T>(op, begin, static_cast<int>(min(begin + kLanes<T>, schedule.count)), scratch[thread]);

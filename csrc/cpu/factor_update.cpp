@@ -1,6 +1,7 @@
 // C <- decay C + scale X^T X for many blocks. X is packed a few hundred rows at a time into panels that stay in the
 // cache, S = X^T X gathers in the workspace, and one last pass over the block folds S into C, mirrors it and takes the
 // trace and the finite flag. Limit: multiply-adds for n >= 64 or so, reading X below.
+#include "direct_update.h"
 #include "kernels.h"
 #include "pack.h"
 #include "shifted_gram.h"
@@ -64,6 +65,7 @@ const T* root_weights(const Rows& rows, int64_t first, int64_t depth, T* out) {
 // sum <- X^T X over rows [begin, end), by one thread.
 template <typename T>
 void gram(const Rows& rows, int64_t begin, int64_t end, Padded<T> shape, const Scratch<T>& scratch, T* sum) {
+  Ahead nothing;
   for (int64_t first = begin; first < end || first == begin; first += kChunkRows<T>) {
     const int64_t depth = min(kChunkRows<T>, end - first);
     const T* weights = root_weights(rows, first, depth, scratch.root_weights);
@@ -71,9 +73,9 @@ void gram(const Rows& rows, int64_t begin, int64_t end, Padded<T> shape, const S
       pack_rows(rows, first, depth, p, weights, scratch.panels + p * depth * kPanel<T>);
     }
     if (first == begin) {
-      symmetric_update<T, Store::assign>(depth, scratch.panels, sum, shape);
+      symmetric_update<T, Store::assign>(depth, scratch.panels, sum, shape, nothing);
     } else {
-      symmetric_update<T, Store::add>(depth, scratch.panels, sum, shape);
+      symmetric_update<T, Store::add>(depth, scratch.panels, sum, shape, nothing);
     }
   }
 }
@@ -119,6 +121,15 @@ bool fold(T* c, int64_t n, const T* sum, int64_t ld, int64_t begin, int64_t end,
 }
 
 template <typename T>
+void set_trace(const FactorUpdate& op, int block) {
+  const int64_t n = op.plan.size(block);
+  const T* c = static_cast<const T*>(op.factors) + op.plan.offset(block);
+  T trace = T(0);
+  for (int64_t i = 0; i < n; ++i) trace += c[i * n + i];
+  static_cast<T*>(op.trace)[block] = trace;
+}
+
+template <typename T>
 void finish(const FactorUpdate& op, int block, const T* sum, int threads) {
   const int64_t n = op.plan.size(block);
   T* c = static_cast<T*>(op.factors) + op.plan.offset(block);
@@ -131,9 +142,7 @@ void finish(const FactorUpdate& op, int block, const T* sum, int threads) {
       __atomic_store_n(&op.nonfinite[block], 1, __ATOMIC_RELAXED);
     }
   });
-  T trace = T(0);
-  for (int64_t i = 0; i < n; ++i) trace += c[i * n + i];
-  static_cast<T*>(op.trace)[block] = trace;
+  set_trace<T>(op, block);
 }
 
 template <typename T>
@@ -141,9 +150,28 @@ void add_to(T* total, const T* part, int64_t count) {
   for (int64_t i = 0; i < count; ++i) total[i] += part[i];
 }
 
+// What a block's update will read; nothing if there is no such block.
 template <typename T>
-void update_block(const FactorUpdate& op, int block, const Scratch<T>& scratch) {
+Ahead memory_of(const FactorUpdate& op, int block) {
+  Ahead ahead;
+  if (block < 0 || op.rows[block].conv != nullptr) return ahead;
   const Rows& rows = op.rows[block];
+  const int64_t n = op.plan.size(block);
+  ahead.add(rows.data, rows.m * rows.d * static_cast<int64_t>(sizeof(T)));
+  ahead.add(static_cast<const T*>(op.factors) + op.plan.offset(block), n * n * static_cast<int64_t>(sizeof(T)));
+  return ahead;
+}
+
+template <typename T>
+void update_block(const FactorUpdate& op, int block, int next, const Scratch<T>& scratch) {
+  const Rows& rows = op.rows[block];
+  if (direct_update_applies<T>(rows)) {
+    Ahead ahead = memory_of<T>(op, next);
+    op.nonfinite[block] =
+        !update_direct(rows, static_cast<const T*>(op.decay)[block], static_cast<const T*>(op.scale)[block],
+                       static_cast<T*>(op.factors) + op.plan.offset(block), op.plan.size(block), ahead);
+    return set_trace<T>(op, block);
+  }
   const Shape shape = shape_of(op, block);
   const Padded<T> padded{shape.n};
   if (shape.shifted) {
@@ -242,7 +270,10 @@ void run(const FactorUpdate& op, const Context& ctx) {
   }
   parallel_for(threads, op.plan.count(), [&](int64_t task, int thread) {
     const int block = order[task];
-    if (!shape_of(op, block).for_team(threads)) update_block(op, block, scratch[thread]);
+    if (!shape_of(op, block).for_team(threads)) {
+      const int64_t next = task + threads;
+      update_block(op, block, next < op.plan.count() ? order[next] : -1, scratch[thread]);
+    }
   });
 }
 

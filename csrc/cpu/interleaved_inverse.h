@@ -8,8 +8,8 @@
 
 namespace kfac_fast::cpu::KFAC_FAST_ISA {
 
-// Pivots per step: 2 x 4 of W in registers, the other operand's 4 and 2 accumulators fill a file of 16.
-constexpr int kInterleavedDepth = 4;
+// Pivots per step: two rows of W in registers beside the accumulators and the other operand, in a file of 32 or of 16.
+constexpr int kInterleavedDepth = KFAC_FAST_VECTOR_BYTES == 64 ? 8 : 4;
 
 template <typename T>
 struct InterleavedGroup {
@@ -21,7 +21,13 @@ struct InterleavedGroup {
   int64_t sizes[kLanes<T>];
   T damping[kLanes<T>];
   typename LaneIndex<T>::Vector info;
+
+  // All lanes of one size: each matrix is read and written as one run of vectors. The last one may read past the
+  // matrix, but not past the kBlockAlignment that it ends in.
+  bool uniform() const { return smallest == n; }
 };
+static_assert(kBlockAlignment % kLanes<float> == 0 && kBlockAlignment % kLanes<double> == 0,
+              "blocks end with a vector");
 
 template <typename T>
 struct InterleavedScratch {
@@ -63,10 +69,66 @@ inline void load_tile(const InterleavedGroup<T>& group, int64_t i, int64_t j, Ve
   transpose<T>(tile);
 }
 
+// A place in a matrix, and the one behind it in memory.
+struct Entry {
+  int64_t i = 0, j = 0;
+
+  void advance(int64_t n) {
+    if (++j == n) j = 0, ++i;
+  }
+};
+
+template <typename T>
+inline void load_uniform(const InterleavedGroup<T>& group, Vec<T>* a) {
+  const int64_t n = group.n;
+  Entry entry;
+  for (int64_t begin = 0; begin < n * n; begin += kLanes<T>) {
+    Vec<T> tile[kLanes<T>];
+    KFAC_FAST_UNROLL
+    for (int lane = 0; lane < kLanes<T>; ++lane) tile[lane] = load(group.blocks[lane] + begin);
+    transpose<T>(tile);
+    // Entries above the diagonal land in the room behind the triangle.
+    KFAC_FAST_UNROLL
+    for (int c = 0; c < kLanes<T>; ++c) {
+      a[entry.j <= entry.i ? triangle(entry.i) + entry.j : triangle(n)] = tile[c];
+      entry.advance(n);
+    }
+  }
+}
+
+template <typename T>
+inline void store_uniform(const InterleavedGroup<T>& group, const Vec<T>* a) {
+  const int64_t n = group.n;
+  Entry entry;
+  for (int64_t begin = 0; begin < n * n; begin += kLanes<T>) {
+    Vec<T> tile[kLanes<T>];
+    KFAC_FAST_UNROLL
+    for (int c = 0; c < kLanes<T>; ++c) {
+      const int64_t i = max(entry.i, entry.j), j = min(entry.i, entry.j);
+      tile[c] = -a[i < n ? triangle(i) + j : 0];  // anything, past the end
+      entry.advance(n);
+    }
+    transpose<T>(tile);
+    if (begin + kLanes<T> <= n * n) {
+      KFAC_FAST_UNROLL
+      for (int lane = 0; lane < kLanes<T>; ++lane) store(group.inverses[lane] + begin, tile[lane]);
+    } else {  // what stands behind the matrix stays as it was
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        for (int64_t c = 0; begin + c < n * n; ++c) group.inverses[lane][begin + c] = tile[lane][c];
+      }
+    }
+  }
+}
+
 template <typename T>
 inline void load_group(const InterleavedGroup<T>& group, Vec<T>* a) {
   Vec<T> damping = {};
   for (int lane = 0; lane < group.count; ++lane) damping[lane] = group.damping[lane];
+  if (group.uniform()) {
+    load_uniform(group, a);
+    for (int64_t i = 0; i < group.n; ++i) a[triangle(i) + i] += damping;
+    return;
+  }
   for (int64_t i = 0; i < group.n; ++i) {
     Vec<T>* row = a + triangle(i);
     for (int64_t j = 0; j <= i; j += kLanes<T>) {
@@ -104,6 +166,7 @@ inline void store_group(const InterleavedGroup<T>& group, const Vec<T>* a) {
   for (int lane = 0; lane < group.count; ++lane) {
     all_wanted = all_wanted && group.inverses[lane] != nullptr && group.info[lane] == 0;
   }
+  if (all_wanted && group.uniform()) return store_uniform(group, a);
   const int64_t whole = all_wanted ? group.smallest : 0;
   for (int64_t i = 0; i < group.n; ++i) {
     for (int64_t j = 0; j < group.n; j += kWidth) {

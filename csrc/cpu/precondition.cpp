@@ -1,6 +1,7 @@
 // U = G^-1 V A^-1 of many layers, as T^T = V^T G^-1 and U = T A^-1. In this form, and because the inverses are
 // symmetric, every operand is packed by copying rows and the first product comes out packed for the second one.
 // Limit: multiply-adds, and packing A^-1 and G^-1 for layers of few rows or columns.
+#include "direct_precondition.h"
 #include "kernels.h"
 #include "pack.h"
 #include "support.h"
@@ -12,12 +13,17 @@ namespace {
 // A layer of this many multiply-adds is worth the attention of all threads.
 constexpr int64_t kTeamWork = int64_t{1} << 25;
 
-// Depth of the products done at a time: two panels of it and a tile's sums stay in the second-level cache.
-constexpr int64_t kDepth = 384;
+// Depth of the products done at a time: a panel of it stays in the first-level cache.
+constexpr int64_t kDepth = 192;
+
+// Output tiles of a task, at most this many squared: so many panels of both operands stay in the second-level cache.
+constexpr int64_t kMaxGroup = 4;
+constexpr int64_t kTasksPerThread = 8;
 
 struct Shape {
   int64_t m, n;  // of V, with the bias column
 
+  bool direct() const { return max(m, n) <= kMaxDirectSize; }
   bool for_team(int threads) const { return threads > 1 && m * n * (m + n) >= kTeamWork; }
 };
 
@@ -36,14 +42,19 @@ struct Scratch {
   T* a_inverse = nullptr;  // [n, n]
   T* product = nullptr;    // [n, m] T^T
   T* dots = nullptr;       // [panels(m), panels(n)] <V, U> of each output tile
+  DirectScratch<T> direct;
 };
 
 // Elements of those arrays.
 template <typename T>
 struct Sizes {
-  int64_t v = 0, g_inverse = 0, a_inverse = 0, product = 0, dots = 0;
+  int64_t v = 0, g_inverse = 0, a_inverse = 0, product = 0, dots = 0, direct_m = 0, direct_n = 0;
 
   void include(Shape shape) {
+    if (shape.direct()) {
+      direct_m = max(direct_m, shape.m), direct_n = max(direct_n, shape.n);
+      return;
+    }
     const int64_t m_width = round_up(shape.m, kPanel<T>), n_width = round_up(shape.n, kPanel<T>);
     v = max(v, shape.m * n_width);
     g_inverse = max(g_inverse, shape.m * m_width);
@@ -59,6 +70,7 @@ struct Sizes {
     scratch.a_inverse = arena.take<T>(a_inverse);
     scratch.product = arena.take<T>(product);
     scratch.dots = arena.take<T>(dots);
+    scratch.direct = DirectScratch<T>::take(arena, direct_m, direct_n);
     return scratch;
   }
 };
@@ -133,10 +145,45 @@ T store_result(const Matrix& u, int64_t m, int64_t n, int64_t row, int64_t colum
   return dot;
 }
 
+// body(i, j) for all i < rows and j < columns, in square groups side by side on all threads.
+template <typename Body>
+void for_each_tile(int threads, int64_t rows, int64_t columns, Body&& body) {
+  int64_t group = kMaxGroup;
+  while (group > 1 && ceil_div(rows, group) * ceil_div(columns, group) < kTasksPerThread * threads) --group;
+  const int64_t across = ceil_div(columns, group);
+  parallel_for(threads, ceil_div(rows, group) * across, [&](int64_t task, int) {
+    const int64_t i = task / across * group, j = task % across * group;
+    for (int64_t y = i; y < min(i + group, rows); ++y) {
+      for (int64_t x = j; x < min(j + group, columns); ++x) body(y, x);
+    }
+  });
+}
+
+// What a layer will touch; nothing if there is no such layer.
 template <typename T>
-void precondition_layer(const Precondition& op, int layer, const Scratch<T>& s, int threads) {
+Ahead memory_of(const Precondition& op, int layer) {
+  Ahead ahead;
+  if (layer < 0) return ahead;
+  const Shape shape = shape_of(op, layer);
+  const int64_t size = static_cast<int64_t>(sizeof(T));
+  ahead.add(op.gradients[layer].data, shape.m * shape.n * size);
+  ahead.add(static_cast<const T*>(op.g_inverse) + op.g_plan.offset(layer), shape.m * shape.m * size);
+  ahead.add(static_cast<const T*>(op.a_inverse) + op.a_plan.offset(layer), shape.n * shape.n * size);
+  ahead.add(op.results[layer].data, shape.m * shape.n * size);
+  return ahead;
+}
+
+template <typename T>
+void precondition_layer(const Precondition& op, int layer, int next, const Scratch<T>& s, int threads) {
   const Shape shape = shape_of(op, layer);
   const int64_t m = shape.m, n = shape.n;
+  if (shape.direct()) {
+    Ahead ahead = memory_of<T>(op, next);
+    static_cast<T*>(op.dot)[layer] = precondition_direct(static_cast<const T*>(op.g_inverse) + op.g_plan.offset(layer),
+                                                         static_cast<const T*>(op.a_inverse) + op.a_plan.offset(layer),
+                                                         op.gradients[layer], op.results[layer], m, n, s.direct, ahead);
+    return;
+  }
   const int64_t m_panels = panels<T>(m), n_panels = panels<T>(n);
   const T* g_inverse = static_cast<const T*>(op.g_inverse) + op.g_plan.offset(layer);
   const T* a_inverse = static_cast<const T*>(op.a_inverse) + op.a_plan.offset(layer);
@@ -155,18 +202,17 @@ void precondition_layer(const Precondition& op, int layer, const Scratch<T>& s, 
     }
   });
   const int64_t product_panel = round_up(n, kPanel<T>) * kPanel<T>;
-  parallel_for(threads, m_panels * n_panels, [&](int64_t task, int) {
-    const int64_t i = task / n_panels, j = task % n_panels;
+  for_each_tile(threads, m_panels, n_panels, [&](int64_t i, int64_t j) {
     multiply_panels(m, min(kPanel<T>, n - j * kPanel<T>), vectors_of<T>(m, i), s.v + j * m * kPanel<T>,
                     s.g_inverse + i * m * kPanel<T>, s.product + i * product_panel + j * kPanel<T> * kPanel<T>,
                     kPanel<T>);
   });
-  parallel_for(threads, m_panels * n_panels, [&](int64_t task, int) {
-    const int64_t i = task / n_panels, j = task % n_panels;
+  for_each_tile(threads, m_panels, n_panels, [&](int64_t i, int64_t j) {
     alignas(64) T tile[kPanel<T> * kPanel<T>];
     multiply_panels(n, min(kPanel<T>, m - i * kPanel<T>), vectors_of<T>(n, j), s.product + i * product_panel,
                     s.a_inverse + j * n * kPanel<T>, tile, kPanel<T>);
-    s.dots[task] = store_result(op.results[layer], m, n, i * kPanel<T>, j * kPanel<T>, tile, s.v + j * m * kPanel<T>);
+    s.dots[i * n_panels + j] =
+        store_result(op.results[layer], m, n, i * kPanel<T>, j * kPanel<T>, tile, s.v + j * m * kPanel<T>);
   });
   T dot = T(0);
   for (int64_t task = 0; task < m_panels * n_panels; ++task) dot += s.dots[task];
@@ -197,10 +243,11 @@ void run(const Precondition& op, const Context& ctx) {
   const int32_t* order = op.a_plan.by_decreasing_size().data();
   const int count = op.a_plan.count();
   for (int task = 0; task < count; ++task) {
-    if (shape_of(op, order[task]).for_team(threads)) precondition_layer<T>(op, order[task], scratch[0], threads);
+    if (shape_of(op, order[task]).for_team(threads)) precondition_layer<T>(op, order[task], -1, scratch[0], threads);
   }
   parallel_for(threads, count, [&](int64_t task, int thread) {
-    if (!shape_of(op, order[task]).for_team(threads)) precondition_layer<T>(op, order[task], scratch[thread], 1);
+    if (!shape_of(op, order[task]).for_team(threads))
+      precondition_layer<T>(op, order[task], task + threads < count ? order[task + threads] : -1, scratch[thread], 1);
   });
 }
 

@@ -1,6 +1,7 @@
 // C (=, +=, -=) P^T P on the lower triangle, P packed in panels: the heart of X^T X and of the inverse.
 #pragma once
 
+#include "ahead.h"
 #include "microkernel.h"
 
 namespace kfac_fast::cpu::KFAC_FAST_ISA {
@@ -15,6 +16,9 @@ struct Padded {
   int64_t numel() const { return rows() * ld(); }
   int64_t panels() const { return ceil_div(n, kPanel<T>); }
 };
+
+// Enough to have a block of any size read by the time the one before is inverted.
+constexpr int64_t kLinesPerTile = 10;
 
 // The unit of parallel work: the tiles of up to kStripPanels row panels in one column panel.
 constexpr int64_t kStripPanels = 8;
@@ -32,7 +36,7 @@ inline void symmetric_update_panel(int64_t column,              // of panels
                                    int64_t begin, int64_t end,  // row panels, column <= begin
                                    int64_t depth, const T* p,   // [panels, depth, kPanel]
                                    T* c,                        // [rows, ld]
-                                   Padded<T> shape) {
+                                   Padded<T> shape, Ahead& ahead) {
   const int64_t j = column * kPanel<T>;
   const T* b = p + column * depth * kPanel<T>;
   const int64_t last = min(end * kPanel<T>, shape.n);
@@ -41,27 +45,29 @@ inline void symmetric_update_panel(int64_t column,              // of panels
     // Vectors wholly above the diagonal, or past the last column, are left out.
     const int64_t columns = min(min(kPanel<T>, i + kTileRows<T> - j), shape.n - j);
     const int vectors = static_cast<int>(ceil_div(columns, kLanes<T>));
+    ahead.ask(kLinesPerTile);
     update_tile<T, kStore>(vectors, depth, a, b, c + i * shape.ld() + j, shape.ld());
   }
 }
 
 template <typename T, Store kStore>
 inline void symmetric_update_strip(int64_t strip, int64_t depth, const T* p, T* c, Padded<T> shape) {
+  Ahead nothing;
   for (int64_t column = 0;; ++column) {
     const int64_t strips = ceil_div(shape.panels() - column, kStripPanels);
     if (strip < strips) {
       const int64_t begin = column + strip * kStripPanels;
       return symmetric_update_panel<T, kStore>(column, begin, min(begin + kStripPanels, shape.panels()), depth, p, c,
-                                               shape);
+                                               shape, nothing);
     }
     strip -= strips;
   }
 }
 
 template <typename T, Store kStore>
-inline void symmetric_update(int64_t depth, const T* p, T* c, Padded<T> shape) {
+inline void symmetric_update(int64_t depth, const T* p, T* c, Padded<T> shape, Ahead& ahead) {
   for (int64_t column = 0; column < shape.panels(); ++column) {
-    symmetric_update_panel<T, kStore>(column, column, shape.panels(), depth, p, c, shape);
+    symmetric_update_panel<T, kStore>(column, column, shape.panels(), depth, p, c, shape, ahead);
   }
 }
 

@@ -23,7 +23,7 @@ class BlockDiagonal:
     """A block-diagonal matrix: block ``i`` is ``[sizes[i], sizes[i]]``, row-major, in one flat buffer.
 
     One allocation, one collective and one kernel launch then serve every layer of a network. Each block starts at a
-    multiple of 16 elements; the padding in between is never read.
+    multiple of 16 elements; what stands in the padding in between means nothing.
 
     Indexing with an integer gives that block as a view ``[n, n]``; with a slice (step 1) a ``BlockDiagonal`` that
     shares the buffer.
