@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
+
+_GROUP_BOUNDS = {
+    "momentum": {"at_least": 0.0, "below": 1.0},
+    "damping": {"above": 0.0},
+    "weight_decay": {"at_least": 0.0},
+}
 
 
 def check_range(
@@ -37,3 +46,17 @@ def check_count(name: str, value: Any) -> None:
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {name}={value!r}")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """The options of a parameter group of `KFAC`."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
+    else:
+        check_range("lr", lr, at_least=0.0)
+    for name, bounds in _GROUP_BOUNDS.items():
+        check_range(name, group[name], **bounds)
+    if group["kl_clip"] is not None:
+        check_range("kl_clip", group["kl_clip"], above=0.0)

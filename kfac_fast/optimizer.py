@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adaptive import CALIBRATION, Adaptive, AdaptiveRule
-from .arguments import check_range
+from .arguments import check_group, check_range
 from .collectives import local
 from .distributed import Distributed
 from .inverses import KFACWarning
@@ -21,12 +21,6 @@ from .ops.native import read_if_free
 from .optimizer_state import ResumableOptimizer
 from .preconditioner import Preconditioner
 from .report import Report, Row
-
-_GROUP_BOUNDS = {
-    "momentum": {"at_least": 0.0, "below": 1.0},
-    "damping": {"above": 0.0},
-    "weight_decay": {"at_least": 0.0},
-}
 
 
 class KFAC(ResumableOptimizer):
@@ -137,15 +131,10 @@ class KFAC(ResumableOptimizer):
         damping = CALIBRATION[0] if start == "auto" else start
         check_range("damping", damping, above=0.0)
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "damping": damping,
-            "weight_decay": weight_decay,
-            "kl_clip": kl_clip,
-            "maximize": maximize,
-        }
-        self._check_group(defaults)
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "damping": damping, "weight_decay": weight_decay,
+            "kl_clip": kl_clip, "maximize": maximize,
+        }  # fmt: skip
+        check_group(defaults)
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
         self.preconditioner = Preconditioner(
             model,
@@ -187,7 +176,7 @@ class KFAC(ResumableOptimizer):
         saved = self._pack() if built else {}
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
             if built and self.rule is not None:
                 self._adaptive_rule(self.rule.config, self.rule.damping)
         except BaseException:
@@ -406,15 +395,3 @@ class KFAC(ResumableOptimizer):
     def close(self) -> None:
         """Removes every hook from the model; steps go on with the factors as they are."""
         self.preconditioner.close()
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
-        else:
-            check_range("lr", lr, at_least=0.0)
-        for name, bounds in _GROUP_BOUNDS.items():
-            check_range(name, group[name], **bounds)
-        if group["kl_clip"] is not None:
-            check_range("kl_clip", group["kl_clip"], above=0.0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive import AdaptiveRule
+from .arguments import check_group
 from .checkpoint import (
     IncompatibleKeys,
     check_layer_state,
@@ -68,9 +69,6 @@ class ResumableOptimizer(torch.optim.Optimizer):
         """The parameter whose entry has the counters of the run: the first layer's weight."""
         first = self.preconditioner.weights[:1]
         return next((i for i, p in enumerate(self._parameters) if first and p is first[0]), 0)
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Raises a ValueError that names the option of a parameter group that is out of range."""
 
     def _momentum_buffers(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         buffers = []
@@ -173,7 +171,9 @@ class ResumableOptimizer(torch.optim.Optimizer):
         if not isinstance(saved, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(saved).__name__}")
         if not saved.get("param_groups") or "state" not in saved:
-            raise ValueError(f"state_dict must have 'state' and 'param_groups', got {sorted(map(str, saved))}")
+            raise ValueError(
+                f"state_dict must have 'state' and 'param_groups' with a group at least, got {sorted(map(str, saved))}"
+            )
         pre, parameters, names = self.preconditioner, self._parameters, self._names()
         groups_fit = self._check_groups(saved["param_groups"], strict)
         run = check_run_state(pre, _nested(saved["state"].values()).get("run"))
@@ -238,7 +238,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"state_dict has no {', '.join(map(repr, lacking))} in group {i}: it is truncated or not of a KFAC"
                 )
-            self._check_group(other)
+            check_group(other)
             if strict and len(own["params"]) != len(other["params"]):
                 counts = f"{len(other['params'])} parameters in group {i}, the optimizer has {len(own['params'])}"
                 raise ValueError(f"state_dict has {counts}")

@@ -64,6 +64,18 @@ class Blocks:
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {name}={value!r}")
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Refuses patterns that match no module: more likely a slip than a wish.
+
+        Raises:
+            ValueError: The message names the argument and the pattern.
+        """
+        for argument in ("include", "exclude", "classes"):
+            for pattern in getattr(self, argument):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    known = ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
+                    raise ValueError(f"{argument} has {pattern!r}, which matches no module; there are {known}")
+
     def reason_against(self, name: str) -> str | None:
         """Why a module of this name is left out."""
         for pattern in self.exclude:
@@ -100,11 +112,16 @@ def discover(
         parameters: Only layers whose parameters are all among these count; None is all.
         blocks: The user's selection.
         in_shards: Identities of parameters that may be sharded over ranks.
+
+    Raises:
+        ValueError: A pattern of ``blocks`` matches no module.
     """
     allowed = None if parameters is None else {id(p) for p in parameters}
     layers: list[Layer] = []
     reasons: dict[int, str] = {}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    blocks.check_names(list(modules))
+    for name, module in modules.items():
         found = _candidate(name, module, blocks)
         reason = found if isinstance(found, str) else _reason_against(found, allowed, in_shards, layers)
         own = list(module.parameters(recurse=False))
