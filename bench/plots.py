@@ -1,4 +1,4 @@
-"""Pictures of saved figures: ``python -m bench.plots FILE.json …`` writes a PNG beside each."""
+"""Pictures of `bench.throughput`: ``python -m bench.plots FILE.json …`` writes a PNG beside each."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ from matplotlib import pyplot as plt
 
 matplotlib.use("Agg")
 COLOURS = {"kfac_fast": "#d1495b", "torch stacked": "#30638e", "torch looped": "#7fa7c9", "scipy looped": "#8d99ae"}
-STAGES = {
-    "forward and backward": "#c9ccd5",
-    "hooks": "#8d99ae",
-    "extra backward pass": "#30638e",
-    "factors": "#00798c",
-    "inverses": "#d1495b",
-    "preconditioning": "#edae49",
-    "update": "#6b4e71",
-}
 
 
 def throughput(saved: dict[str, Any]) -> plt.Figure:
@@ -45,37 +36,11 @@ def throughput(saved: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def steps(saved: dict[str, Any]) -> plt.Figure:
-    """The time of a step by stage, as multiples of SGD's whole step, one panel a model."""
-    models = list(dict.fromkeys(r["model"] for r in saved["rows"]))
-    figure, axes = plt.subplots(len(models), 1, figsize=(8, 1.1 + 1.3 * len(models)), sharex=True, layout="constrained")
-    for axis, model in zip(axes if len(models) > 1 else [axes], models, strict=True):
-        rows = [r for r in saved["rows"] if r["model"] == model]
-        for y, row in enumerate(rows):
-            left = 0.0
-            for stage, colour in STAGES.items():
-                width = row["stages"].get(stage, 0.0) / row["sgd_ms"]
-                axis.barh(y, width, left=left, color=colour, height=0.7)
-                left += width
-            axis.annotate(f"{row['times_sgd']:.2f}", (left, y), xytext=(4, 0), textcoords="offset points", va="center")
-        axis.set_yticks(range(len(rows)), [r["name"] for r in rows])
-        axis.invert_yaxis()
-        axis.set_title(model, loc="left", fontsize=10)
-        axis.axvline(1, color="0.4", lw=1, ls="--")
-        axis.spines[["top", "right"]].set_visible(False)
-    last = axes[-1] if len(models) > 1 else axes
-    last.set_xlabel("time of a step, in steps of SGD with momentum")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in STAGES.values()]
-    figure.legend(handles, STAGES, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return figure
-
-
 def main() -> None:
     for name in sys.argv[1:]:
         path = Path(name)
         saved = json.loads(path.read_text())
-        figure = steps(saved) if "stages" in saved["rows"][0] else throughput(saved)
-        figure.savefig(path.with_suffix(".png"), dpi=150)
+        throughput(saved).savefig(path.with_suffix(".png"), dpi=150)
         print(path.with_suffix(".png"))
 
 

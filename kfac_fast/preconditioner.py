@@ -148,16 +148,9 @@ class Preconditioner:
         self.covered, self.results = self.sharing.covered, self.sharing.results
         self.results_flat = self.sharing.results_flat
         self.capture = Capture(
-            self.original,
-            called,
-            self.layers,
-            as_likelihood(likelihood),
-            fisher,
-            factor_fraction,
-            self,
-            outputs,
+            self.original, called, self.layers, as_likelihood(likelihood), fisher, factor_fraction, self, outputs,
             self.generator,
-        )
+        )  # fmt: skip
         if self.approximation.needs_trace:
             self.capture.on_trace = self.approximation.take_trace
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,3 +90,20 @@ def same(pre: Preconditioner, expected: list[Tensor]) -> bool:
     return len(found) == len(expected) and all(
         torch.allclose(a, b, atol=1e-13) for a, b in zip(found, expected, strict=True)
     )
+
+
+def assert_unnoticed(**options: Any) -> None:
+    """Statistics that come from another pass leave buffers, gradients and random numbers as they would have been."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    twin = copy.deepcopy(model)
+    pre = Preconditioner(model, likelihood="gaussian", **options)
+    x = torch.randn(8, 3)
+    for net in (model, twin):
+        torch.manual_seed(5)
+        half_square(net(x)).backward()
+        net.noise = torch.rand(3)
+    assert torch.equal(model.noise, twin.noise)
+    assert all(torch.equal(b, c) for b, c in zip(model.buffers(), twin.buffers(), strict=True))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    pre.step()
+    assert int(pre.factors.updates[0]) == 1

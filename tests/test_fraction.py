@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from recompute import DOUBLE, Net, exact, half_square, plain_factors
+from recompute import DOUBLE, Net, assert_unnoticed, exact, half_square, plain_factors
 from torch import Tensor, nn
 
 from kfac_fast import Preconditioner
@@ -32,19 +32,7 @@ def test_a_fraction_of_the_batch_is_that_part_of_it() -> None:
 
 
 def test_the_pass_over_a_fraction_goes_unnoticed() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
-    twin = copy.deepcopy(model)
-    pre = exact(model, factor_fraction=0.5)
-    x = torch.randn(8, 3)
-    for net in (model, twin):
-        torch.manual_seed(5)
-        half_square(net(x)).backward()
-        net.noise = torch.rand(3)
-    assert torch.equal(model.noise, twin.noise)
-    assert all(torch.equal(b, c) for b, c in zip(model.buffers(), twin.buffers(), strict=True))
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
-    pre.step()
-    assert int(pre.factors.updates[0]) == 1
+    assert_unnoticed(fisher="exact", factor_fraction=0.5)
 
 
 def test_ignored_targets_in_a_fraction() -> None:

@@ -89,7 +89,7 @@ class Approximation(ABC):
 
         In `state` the inverses of the others are on the meta device: shapes without content.
         """
-        raise NotImplementedError(f"{self.name} is not divisible")
+        raise ValueError(f"inverses of approximation={self.name!r} are not divided over ranks: share='replicate'")
 
     @abstractmethod
     def apply(self, gradients: Sequence[Gradient], out: Sequence[Gradient]) -> Tensor:

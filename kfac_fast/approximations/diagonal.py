@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors, stackable
-from ..inverses import Inverses
-from ..layers import Block, Inputs, KroneckerBlock, KroneckerLayer, SquareSums
+from ..layers import KroneckerBlock, KroneckerLayer, SquareSums
 from ..ops import BlockDiagonal, ConvRows, Gradient
-from ..tape import Pass
-from .base import Approximation, block_names
-from .block_diagonal import BUFFERS
+from .block_diagonal import BlockDiagonalFisher
 
 
 class DiagonalFactors(Factors):
@@ -123,7 +120,7 @@ class DiagonalFactors(Factors):
         return state
 
 
-class DiagonalFisher(Approximation):
+class DiagonalFisher(BlockDiagonalFisher):
     """U = G⁻¹ V A⁻¹ where one of the factors, or both, is diagonal.
 
     Args:
@@ -132,31 +129,19 @@ class DiagonalFisher(Approximation):
     """
 
     name = "diagonal"
-    symmetric = True
-    divisible = True
+    factors: DiagonalFactors
 
-    def __init__(self, layers: Sequence[KroneckerLayer], factors: DiagonalFactors) -> None:
-        self.layers = layers
-        self.factors = factors
-        self.stores = [factors]
-        self.damped = Inverses(factors, block_names(layers))
+    def __init__(self, layers: list[KroneckerLayer], factors: DiagonalFactors) -> None:
+        super().__init__(layers, factors)
         self.diagonals = torch.ones_like(factors.diagonals)  # of the inverses
         self._kept = list(range(factors.count))
 
-    def add_rows(self, layer: int, inputs: Inputs, gradient: Tensor, sent: Pass, block: int = 0) -> None:
-        self.factors.add_rows(layer, inputs, gradient, block, first=sent.first)
-
-    def seen(self, layer: int) -> bool:
-        return self.factors.seen(layer)
-
     def update(self, gamma: Tensor, layers: Sequence[int] | None = None) -> None:
-        chosen = None
-        if layers is not None:
-            chosen = [block for layer in layers for block in self.factors.blocks_of(layer)]
-        self.damped.update(gamma, chosen)
+        super().update(gamma, layers)
         # A factor that was never committed is zero and has damping 1.
         inverse = (self.factors.diagonals + self.factors.spread(self.damped.damping(gamma))).reciprocal()
-        if chosen is not None:
+        if layers is not None:
+            chosen = self._blocks_of(layers)
             mask = torch.zeros(2 * self.factors.count, dtype=torch.bool)
             mask[[first + i for first in (0, self.factors.count) for i in chosen]] = True
             inverse = torch.where(self.factors.spread(mask.to(inverse.device)), inverse, self.diagonals)
@@ -168,7 +153,7 @@ class DiagonalFisher(Approximation):
         return [views[i] if len(views[i]) else self.damped.inverse[i] for i in own]
 
     def keep(self, layers: Sequence[int]) -> None:
-        self._kept = [block for layer in layers for block in self.factors.blocks_of(layer)]
+        self._kept = self._blocks_of(layers)
 
     def apply(self, gradients: Sequence[Gradient], out: Sequence[Gradient]) -> Tensor:
         views, count = self.factors.by_factor(self.diagonals), self.factors.count
@@ -179,13 +164,6 @@ class DiagonalFisher(Approximation):
     def state(self, layer: int) -> dict[str, list[Tensor]]:
         inverse = self.factors.diagonals_of("inverse", self.diagonals, layer)
         return self.factors.state(layer) | self.damped.state(layer) | inverse
-
-    @classmethod
-    def numbers(cls, block: Block) -> int:
-        return BUFFERS * block.numbers
-
-    def failures(self) -> Tensor:
-        return self.damped.failures.view(2, -1).sum(0)
 
     def conditions(self) -> Tensor:
         of_matrices = self.damped.conditions()

@@ -6,6 +6,7 @@ call, so that the gradient at the hidden-to-hidden products is seen only when th
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,9 +32,9 @@ class _Weights(NamedTuple):
 class _RecurrentLayer(KroneckerLayer):
     needs_own_pass = True
 
+    @abstractmethod
     def _weights(self) -> list[_Weights]:
         """Of every layer and direction, in the order of the module's hidden states."""
-        raise NotImplementedError
 
     def _get(self, name: str | None) -> nn.Parameter | None:
         return None if name is None else getattr(self.module, name)
