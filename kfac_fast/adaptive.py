@@ -107,8 +107,10 @@ class AdaptiveRule:
         names = {id(p): name for name, p in preconditioner.model.named_parameters()}
         self._names = [names[id(p)] for p in self.parameters]
         self._gradient = self._vector()  # ∇, with the ℓ2 term
-        self._natural = self._vector()  # U
+        whole = len(self.parameters) == len(preconditioner.covered)
+        self._natural = self._vector(preconditioner.results_flat if whole else None)  # U
         self.last = self._vector()  # δ₀
+        self._has_last = False  # whether it is not zero
         self._origin = self._vector()  # θ before a step that may be taken back
         self.average = None if config.averaging is None else self._vector()
         if self.average is not None:
@@ -120,8 +122,8 @@ class AdaptiveRule:
         self.products = FisherProducts(preconditioner.model, capture.likelihood, capture.find_outputs)
         self._loss_check = LossCheck(capture.likelihood)
 
-    def _vector(self) -> ParameterVector:
-        return ParameterVector(self.parameters, self._names)
+    def _vector(self, data: Tensor | None = None) -> ParameterVector:
+        return ParameterVector(self.parameters, self._names, data)
 
     @torch.no_grad()
     def step(self, closure: Closure, evaluate: Closure | None = None) -> Tensor:
@@ -143,33 +145,34 @@ class AdaptiveRule:
             raise RuntimeError("step(closure): the closure must run the model's forward and the loss's backward pass")
         own = float(loss.detach())
         value = pre.ranks.mean(own)
-        self._gradient.copy_gradients_(self._tensors)
+        self._gradient.copy_gradients_(self._tensors, self.weight_decay)
         if not (math.isfinite(value) and math.isfinite(float(self._gradient.data.sum()))):
             self._grow_damping()
             self.rejected += 1
+            self.stats = {"loss": value, "damping": self.damping, "gamma": self.gamma}
             return loss
         if self._loss_check.open:
             self._loss_check.look(own, batches)
-        value += self._penalty()
-        if self.weight_decay:
-            torch._foreach_add_(self._gradient.views, self._tensors, alpha=self.weight_decay)
-
         pre.update_factors()
         if not self.calibrated:
-            self._calibrate(value, batches, closure, evaluate)
+            self._calibrate(value + self._penalty(), batches, closure, evaluate)
         k = pre.steps
-        if k % config.t3 == 0 or k < ALWAYS_INVERT_FIRST:
-            step = self._invert(batches, search=k > 0 and k % config.t2 == 0)
+        if config.gamma == "search" and k > 0 and k % config.t2 == 0:
+            step = self._search_gamma(batches)
         else:
+            if k % config.t3 == 0 or k < ALWAYS_INVERT_FIRST:
+                self._invert()
             step = self._propose(batches)
         pre.steps += 1
         measure = pre.steps % config.t1 == 0
+        before = value + self._penalty() if measure else math.nan
         if measure:
             self._origin.copy_(self._tensors)
         self.last.data.mul_(step.mu)
         if step.natural:  # else U may be anything, even NaN
             self.last.data.add_(self._natural.data, alpha=step.natural)
         torch._foreach_add_(self._tensors, self.last.views)
+        self._has_last = step.natural != 0 or step.mu != 0
         self.stats = {
             "loss": value,
             "damping": self.damping,
@@ -178,9 +181,10 @@ class AdaptiveRule:
             "mu": step.mu,
             "model_change": step.change,
         }
-        if measure and not self._adjust_damping(value, step, closure, evaluate):
+        if measure and not self._adjust_damping(before, step, closure, evaluate):
             self._write(self._origin)
             self.last.data.zero_()
+            self._has_last = False
             self.rejected += 1
         else:
             self._update_average()
@@ -191,7 +195,7 @@ class AdaptiveRule:
         """U with the inverses at hand, and the minimiser over it and δ₀."""
         linear = [self._precondition()]
         directions = [self._natural]
-        if self.config.momentum and self.last.dot(self.last) > 0:
+        if self.config.momentum and self._has_last:
             directions.append(self.last)
             linear.append(self._gradient.dot(self.last))
         damping = self.damping + self.weight_decay
@@ -202,16 +206,14 @@ class AdaptiveRule:
                 quadratic[j, i] = quadratic[i, j]
         return minimise_in_span(quadratic, torch.tensor(linear, dtype=torch.float64))
 
-    def _invert(self, batches: list[Batch], *, search: bool) -> Minimum:
-        """`_propose` with new inverses; when searching, with the γ among three that has the lowest M (sec. 6.6)."""
-        if self.config.gamma == "search" and search:
-            return self._search_gamma(batches)
+    def _invert(self) -> None:
+        """New inverses."""
         if self.config.gamma == "sqrt":
             self.gamma = self._balanced_gamma()
         self._update_inverses(self.gamma)
-        return self._propose(batches)
 
     def _search_gamma(self, batches: list[Batch]) -> Minimum:
+        """`_propose` with new inverses, for the γ among three that has the lowest M (sec. 6.6)."""
         pre, config = self.preconditioner, self.config
         omega = math.sqrt(19 / 20) ** config.t2
         floor = math.sqrt(self.weight_decay)
@@ -236,12 +238,14 @@ class AdaptiveRule:
     def _precondition(self) -> float:
         """Writes U; ∇ᵀU."""
         pre = self.preconditioner
-        dots = pre.precondition(self._gradient.views[: len(pre.covered)])
-        end = pre.results_flat.numel()
-        self._natural.data[:end].copy_(pre.results_flat)
-        plain, natural = self._gradient.data[end:], self._natural.data[end:]
-        torch.div(plain, self.damping + self.weight_decay, out=natural)
-        return float(dots.sum()) + float(torch.dot(plain, natural))
+        slope = float(pre.precondition(self._gradient.views[: len(pre.covered)]).sum())
+        if self._natural.data is not pre.results_flat:  # some parameters have no block
+            end = pre.results_flat.numel()
+            self._natural.data[:end].copy_(pre.results_flat)
+            plain, natural = self._gradient.data[end:], self._natural.data[end:]
+            torch.div(plain, self.damping + self.weight_decay, out=natural)
+            slope += float(torch.dot(plain, natural))
+        return slope
 
     def _fisher_forms(self, batches: list[Batch], directions: list[ParameterVector]) -> Tensor:
         capture = self.preconditioner.capture
@@ -275,7 +279,7 @@ class AdaptiveRule:
             self._update_inverses(self._balanced_gamma())
             step = self._propose(batches)
             torch._foreach_add_(self._tensors, self._natural.views, alpha=step.natural)
-            after = self._loss_now(closure, evaluate)
+            after = self._loss_now(closure, evaluate) + self._penalty()
             self._write(self._origin)
             return value - after if math.isfinite(after) else -math.inf
 
@@ -297,21 +301,21 @@ class AdaptiveRule:
         self.calibrated = True
 
     def _loss_now(self, closure: Closure, evaluate: Closure | None) -> float:
-        """The loss with the penalty at the present parameters, unseen by the capture."""
+        """The loss at the present parameters, without the penalty, unseen by the capture."""
         with self.preconditioner.capture.paused():
             if evaluate is not None:
                 loss = float(evaluate())
             else:
                 with torch.enable_grad():
                     loss = float(closure().detach())
-        return self.preconditioner.ranks.mean(loss) + self._penalty()
+        return self.preconditioner.ranks.mean(loss)
 
-    def _adjust_damping(self, value: float, step: Minimum, closure: Closure, evaluate: Closure | None) -> bool:
+    def _adjust_damping(self, before: float, step: Minimum, closure: Closure, evaluate: Closure | None) -> bool:
         """Levenberg–Marquardt (sec. 6.5); whether the step may stay."""
-        after = self._loss_now(closure, evaluate)
-        ratio = (after - value) / step.change if step.change else math.nan
-        self.stats["ratio"] = ratio
-        self.stats["loss_after"] = after
+        loss = self._loss_now(closure, evaluate)
+        after = loss + self._penalty()
+        ratio = (after - before) / step.change if step.change else math.nan
+        self.stats |= {"ratio": ratio, "loss_after": loss}
         if not math.isfinite(after) or not ratio >= 0.25:
             self._grow_damping()
         elif ratio > 0.75:
@@ -358,6 +362,7 @@ class AdaptiveRule:
         self.damping, self.gamma = state["damping"], state["gamma"]
         self.calibrated, self.rejected = state["calibrated"], state["rejected"]
         self.last.data.copy_(state["last"])
+        self._has_last = bool(self.last.data.any())
         if self.average is not None and state["average"] is not None:
             self.average.data.copy_(state["average"])
 

@@ -234,8 +234,8 @@ class KFAC(ResumableOptimizer):
         if known is False:
             self._warn_about_skipped_step()
             return loss
-        clips = self._clips(dot, groups)
-        for group, clip in zip(self.param_groups, clips, strict=True):
+        self._last_clips = self._clips(dot, groups)
+        for group, clip in zip(self.param_groups, self._last_clips, strict=True):
             natural, plain = updates[id(group)]
             if known is None:  # the host does not know: let the device take zeros, unclipped, for what is not finite
                 clip = None if clip is None else torch.where(finite, clip, torch.ones_like(clip))
@@ -373,11 +373,15 @@ class KFAC(ResumableOptimizer):
         - ``skipped_steps``: steps that changed nothing, since a gradient was not finite.
         - ``refused_statistics``: batches whose statistics were not finite and went into no factor.
         - ``failures``: inverses that had to be replaced by something safer, and ``failures/NAME`` for each such block.
+        - ``clip``: ν, the share of the last step that the KL clip left; the smallest of any group.
         - With ``conditions``, ``condition/NAME`` for every block: an estimate of its condition number with damping.
         - With ``adaptive`` also ``rejected`` (steps taken back or not made) and, of the last step: ``loss``,
-          ``damping`` λ, ``gamma`` γ, ``alpha`` α, ``mu`` μ, ``model_change`` M(δ) − M(0), ``ratio`` ρ where measured.
+          ``damping`` λ, ``gamma`` γ, ``alpha`` α, ``mu`` μ, ``model_change`` M(δ) − M(0); where measured
+          ``loss_after`` and ``ratio`` ρ. Losses are without the ℓ2 term.
         """
         figures = {**self.preconditioner.stats(conditions=conditions), "skipped_steps": float(self._skipped)}
+        if clips := [float(clip) for clip in self._last_clips if clip is not None]:
+            figures["clip"] = min(clips)
         if self.rule is not None:
             figures.update(self.rule.stats, rejected=float(self.rule.rejected))
         return figures

@@ -38,6 +38,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
     rule: AdaptiveRule | None
     _natural: dict[int, int]  # place of a parameter in `Preconditioner.results`, by its id
     _step: Tensor  # the "step" of every parameter
+    _last_clips: list[Tensor | None]  # ν of every group, None where it does not clip
     _skipped: Tensor  # steps that changed nothing, since a gradient was not finite; on the device
     _warned: set[int]  # parameters that were named in a warning, by id
 
@@ -50,6 +51,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
         self.preconditioner.capture.keep_batches = self.rule is not None
         self._natural = {id(p): i for i, p in enumerate(self.preconditioner.covered)}
         self._step = torch.tensor(float(self.preconditioner.steps))
+        self._last_clips = []
         self._skipped = torch.zeros_like(self.preconditioner.refused)
         self._warned = set()
         for group in self.param_groups:

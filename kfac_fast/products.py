@@ -107,19 +107,21 @@ class FisherProducts:
         named = dict(self._model.named_parameters())
         moving: dict[int, list[Tensor]] = {id(named[name]): [d[name] for d in directions] for name in directions[0]}
         devices = cuda_devices(self._model)
-        tangents: list[Tensor] | None = None  # None: zero
+        # The activation and, once something has moved, its tangents behind it: ``[1 (+ k), *activation]``.
+        jet = x.unsqueeze(0)
         for module in chain:
             mine = {name: moving[id(p)] for name, p in module.named_parameters() if id(p) in moving}
-            if type(module) in _BILINEAR:
-                x, tangents = _through_bilinear(module, x, tangents, mine)
+            if _is_bilinear(module, jet):
+                jet = _through_bilinear(module, jet, mine)
             elif type(module) in _POINTWISE and not getattr(module, "inplace", False):
-                x, tangents = _through_pointwise(module, x, tangents)
-            elif mine or tangents is not None:
-                x, tangents = _through_any(module, x, tangents, mine, len(directions), devices)
+                jet = _through_pointwise(module, jet)
+            elif mine or len(jet) > 1:
+                jet = _through_any(module, jet, mine, len(directions), devices)
             else:
-                x = module(x)
-        outputs = self._find_outputs(x)
-        return outputs, [torch.zeros_like(outputs)] * len(directions) if tangents is None else tangents
+                jet = module(jet[0]).unsqueeze(0)
+        tangents = list(jet[1:])
+        outputs = self._find_outputs(jet[0])
+        return outputs, tangents or [torch.zeros_like(outputs)] * len(directions)
 
     def _twice_backward(self, inputs: ModelInputs, directions: Sequence[Direction]) -> tuple[Tensor, list[Tensor]]:
         named = dict(self._model.named_parameters())
@@ -169,62 +171,63 @@ def _is_observed_only(module: nn.Module) -> bool:
     return all(getattr(hook, "observes_only", False) for hook in hooks)
 
 
-def _through_bilinear(
-    module: Any, x: Tensor, tangents: list[Tensor] | None, moving: dict[str, list[Tensor]]
-) -> tuple[Tensor, list[Tensor] | None]:
-    """Both y = W x + b and ẏ = Ẇ x + ḃ + W ẋ."""
-    apply = nn.functional.linear if type(module) is nn.Linear else module._conv_forward
+def _is_bilinear(module: nn.Module, jet: Tensor) -> bool:
+    """Whether `_through_bilinear` serves: not for a convolution of one example without a batch dimension."""
+    return type(module) in _BILINEAR and (type(module) is nn.Linear or jet[0].ndim == module.weight.ndim)
+
+
+def _through_bilinear(module: Any, jet: Tensor, moving: dict[str, list[Tensor]]) -> Tensor:
+    """Both y = W x + b and ẏ = Ẇ x + ḃ + W ẋ, with one product for all that W meets."""
     weights, biases = moving.get("weight"), moving.get("bias")
-    y = apply(x, module.weight, module.bias)
-    result: list[Tensor] | None = None
-    if weights is not None:
-        shifts: Sequence[Tensor | None] = biases or [None] * len(weights)
-        result = [apply(x, weight, shift) for weight, shift in zip(weights, shifts, strict=True)]
-    if tangents is not None:
-        passed = [apply(t, module.weight, None) for t in tangents]
-        result = passed if result is None else [r.add_(p) for r, p in zip(result, passed, strict=True)]
-    if weights is None and biases is not None:
-        shape = (-1,) if type(module) is nn.Linear else (-1, *(1,) * len(module.kernel_size))
-        moved = [bias.view(shape).expand_as(y).clone() for bias in biases]
-        result = moved if result is None else [r + m for r, m in zip(result, moved, strict=True)]
-    return y, result
+    count = len(weights or biases or jet[1:])
+    is_linear = type(module) is nn.Linear
+    if is_linear:
+        result = nn.functional.linear(jet, module.weight)
+    else:
+        result = module._conv_forward(jet.flatten(0, 1), module.weight, None).unflatten(0, jet.shape[:2])
+    if len(jet) <= count:  # W ẋ = 0
+        result = torch.cat([result, torch.zeros_like(result[0]).expand(count, *result.shape[1:])])
+    for moved, weight in zip(result[1:], weights or (), strict=False):
+        if is_linear:
+            moved.view(-1, len(weight)).addmm_(jet[0].reshape(-1, weight.shape[1]), weight.T)
+        else:
+            moved.add_(module._conv_forward(jet[0], weight, None))
+    if module.bias is not None:
+        shifts = torch.stack([module.bias, *(biases or [torch.zeros_like(module.bias)] * count)])
+        spatial = () if is_linear else (1,) * len(module.kernel_size)
+        result += shifts.view(1 + count, *(1,) * (result.ndim - 2 - len(spatial)), -1, *spatial)
+    return result
 
 
-def _through_pointwise(
-    module: nn.Module, x: Tensor, tangents: list[Tensor] | None
-) -> tuple[Tensor, list[Tensor] | None]:
-    """Both y = f(x) and ẏ = f'(x) ẋ, with one derivative for all directions."""
-    if tangents is None:
-        return module(x), None
+def _through_pointwise(module: nn.Module, jet: Tensor) -> Tensor:
+    """Both y = f(x) and ẏ = f'(x) ẋ, with one derivative for all directions; overwrites the jet's tangents."""
+    if len(jet) == 1:
+        return module(jet[0]).unsqueeze(0)
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = jet[0].detach().requires_grad_()
         y = module(x)
         (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    return y.detach(), [t.mul_(slope) for t in tangents]
+    jet[1:].mul_(slope)
+    jet[0].copy_(y.detach())
+    return jet
 
 
 def _through_any(
-    module: nn.Module,
-    x: Tensor,
-    tangents: list[Tensor] | None,
-    moving: dict[str, list[Tensor]],
-    count: int,
-    devices: list[int],
-) -> tuple[Tensor, list[Tensor]]:
+    module: nn.Module, jet: Tensor, moving: dict[str, list[Tensor]], count: int, devices: list[int]
+) -> Tensor:
     """One dual pass per direction."""
     parameters = dict(module.named_parameters())
     results = []
     for j in range(count):
         # Every direction has to see the same input, though the module may write to it, and the same dropout mask; the
         # next module another one.
-        last = j == count - 1
-        own = x if last else x.clone()
-        with torch.random.fork_rng(devices, enabled=not last), forward_ad.dual_level():
-            dual = own if tangents is None else forward_ad.make_dual(own, tangents[j])
+        own = jet[0].clone()
+        with torch.random.fork_rng(devices, enabled=j < count - 1), forward_ad.dual_level():
+            dual = own if len(jet) == 1 else forward_ad.make_dual(own, jet[1 + j])
             duals = {name: forward_ad.make_dual(parameters[name].detach(), v[j]) for name, v in moving.items()}
             y, tangent = forward_ad.unpack_dual(functional_call(module, duals, (dual,)) if duals else module(dual))
             results.append(torch.zeros_like(y) if tangent is None else tangent)
-    return y, results
+    return torch.stack([y, *results])
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -17,17 +17,19 @@ class ParameterVector:
     Args:
         parameters: In the order of the entries; all of one dtype and device.
         names: One per parameter.
+        data: ``[n]`` to use as the buffer; None makes one.
 
     Attributes:
-        data: ``[n]``, zeros at first.
+        data: ``[n]``, zeros at first if it is its own.
         views: ``data`` in the shapes of the parameters.
         by_name: The views by name.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
-        self.data = torch.zeros(
-            sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
-        )
+    def __init__(self, parameters: Sequence[Tensor], names: Sequence[str], data: Tensor | None = None) -> None:
+        if data is None:
+            size = sum(p.numel() for p in parameters)
+            data = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
+        self.data = data
         self._shapes = [p.shape for p in parameters]
         self._names = list(names)
         self._make_views()
@@ -50,9 +52,15 @@ class ParameterVector:
         """Takes the values of these tensors, one per parameter."""
         torch._foreach_copy_(self.views, list(tensors))
 
-    def copy_gradients_(self, parameters: Sequence[Tensor]) -> None:
-        """Takes the gradients, zero where there is none."""
-        self.copy_([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+    @torch.no_grad()
+    def copy_gradients_(self, parameters: Sequence[Tensor], decay: float) -> None:
+        """Takes the gradients, zero where there is none, and adds ``decay`` times the parameters."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        if not decay:
+            self.copy_(gradients)
+            return
+        for view, gradient, p in zip(self.views, gradients, parameters, strict=True):
+            torch.add(gradient, p, alpha=decay, out=view)
 
     def dot(self, other: ParameterVector) -> float:
         return float(torch.dot(self.data, other.data))

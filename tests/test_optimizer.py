@@ -95,6 +95,8 @@ def test_kl_clip_bounds_the_quadratic_form() -> None:
     form = -lr * float(gradient @ full)
     assert form > kappa
     assert torch.allclose(clipped, full * math.sqrt(kappa / form), rtol=1e-8, atol=1e-14)
+    assert optimizer.stats()["clip"] == pytest.approx(math.sqrt(kappa / form), rel=1e-8)
+    assert "clip" not in free.stats()
 
 
 def test_momentum_and_weight_decay_follow_sgd_on_natural_gradients() -> None:

@@ -1,5 +1,7 @@
 """``python -m bench.convergence``: tunes the rivals, runs everybody with three seeds, writes figures and pictures.
 
+MNIST takes part where KFAC_FAST_MNIST names the folder of its files.
+
 It may be stopped at any time and goes on where it was; ``--piece`` stops it after some seconds (exit status 3: not done
 yet). Run nothing else beside the final runs: their seconds are part of the result.
 """
@@ -7,6 +9,7 @@ yet). Run nothing else beside the final runs: their seconds are part of the resu
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -68,7 +71,7 @@ class Comparison:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.convergence", description=__doc__.split("\n")[0])
-    parser.add_argument("--problem", choices=PROBLEMS, action="append", help="default: all")
+    parser.add_argument("--problem", choices=PROBLEMS, action="append", help="default: all that there are")
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="default: all")
     parser.add_argument("--budget", type=float, default=1.0, help="fraction of all updates, for a short run")
     parser.add_argument("--piece", type=float, default=float("inf"), help="stop after about this many seconds")
@@ -89,7 +92,8 @@ def main() -> None:
         "tuning_seed": TUNING_SEED,
         "budget": options.budget,
     }
-    for problem in options.problem or PROBLEMS:
+    on_disk = [name for name in PROBLEMS if name != "mnist" or "KFAC_FAST_MNIST" in os.environ]
+    for problem in options.problem or on_disk:
         comparison = Comparison(PROBLEMS[problem], folder, options.budget, deadline, timed=not options.untimed)
         tuned: list[Run] = []
         runs: list[Run] = []

@@ -117,6 +117,11 @@ CONTENDERS = {
         Contender("K-FAC, γ = √(λ+η)", kfac(Adaptive(gamma="sqrt")), SHORT),
         Contender("K-FAC, block-tridiagonal", kfac(Adaptive(), approximation="block_tridiagonal"), SHORT),
         Contender(
+            "K-FAC, block-tridiagonal, no momentum",
+            kfac(Adaptive(momentum=False), approximation="block_tridiagonal"),
+            SHORT,
+        ),
+        Contender(
             "SGD-Nesterov",
             Nesterov,
             NESTEROV,

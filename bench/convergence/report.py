@@ -16,6 +16,7 @@ COLOURS = {
     "K-FAC, γ = √(λ+η)": "#E69F00",
     "K-FAC, no momentum": "#999999",
     "K-FAC, block-tridiagonal": "#8B2500",
+    "K-FAC, block-tridiagonal, no momentum": "#B07C6E",
     "SGD-Nesterov": "#0072B2",
     "AdaGrad": "#009E73",
     "Adam": "#CC79A7",
