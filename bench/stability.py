@@ -1,12 +1,14 @@
-"""Where training stays stable: ``python -m bench.stability``, about five minutes; maps and JSON.
+"""Where training stays stable: ``python -m bench.stability``, about ten minutes; maps and JSON.
 
 Over a grid of damping λ and learning rate: K-FAC fixed, with the KL clip, and adaptive (where λ is the first one and
-there is no rate); SGD with Nesterov momentum over momentum and rate.
+there is no rate); SGD with Nesterov momentum over momentum and rate. Tasks and methods may be run one at a time: what
+the JSON has of the others on this machine is kept, and the maps are drawn when nothing is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -83,6 +85,9 @@ def curves_task() -> Task:
         "curves", lambda: curves_autoencoder(generator=torch.Generator().manual_seed(0)), loss, images, images,
         "bernoulli", 500, 40, trivial,
     )  # fmt: skip
+
+
+TASKS = {"digits": digits_task, "curves": curves_task}
 
 
 def sgd(model: nn.Module, task: Task, momentum: float, rate: float | None) -> torch.optim.Optimizer:
@@ -206,23 +211,36 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def kept(path: Path) -> dict[tuple[str, str], list[Outcome]]:
+    """The outcomes in a file by task and method, if they are of this machine and commit."""
+    found: dict[tuple[str, str], list[Outcome]] = {}
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    if saved.get("machine") == machine():
+        for entry in saved["outcomes"]:
+            found.setdefault((entry["task"], entry["method"]), []).append(Outcome(**entry))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.stability", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, default=Path("build/stability.json"), help="where the outcomes go")
     parser.add_argument("--picture", type=Path, default=Path("build/stability.png"), help="where the maps go")
-    parser.add_argument("--task", choices=("digits", "curves"), action="append", help="default: both")
+    parser.add_argument("--task", choices=TASKS, action="append", help="default: both")
+    parser.add_argument("--method", choices=METHODS, action="append", help="default: all")
     options = parser.parse_args()
-    tasks = [{"digits": digits_task, "curves": curves_task}[name]() for name in options.task or ("digits", "curves")]
-    outcomes = []
-    for task in tasks:
-        for method, (_, dampings, rates) in METHODS.items():
-            for damping in dampings:
-                outcomes += [run(task, method, damping, rate) for rate in rates]
-            print(f"{task.name}: {method} done", flush=True)
+    found = kept(options.json)
+    for name in options.task or TASKS:
+        task = TASKS[name]()
+        for method in options.method or METHODS:
+            _, dampings, rates = METHODS[method]
+            found[name, method] = [run(task, method, damping, rate) for damping in dampings for rate in rates]
+            print(f"{name}: {method} done", flush=True)
+    outcomes = [o for name in TASKS for method in METHODS for o in found.get((name, method), [])]
     print(table(outcomes))
     write_json(options.json, {"machine": machine(), "clip": CLIP, "outcomes": [asdict(o) for o in outcomes]})
-    options.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(options.picture, tasks, outcomes)
+    if len(found) == len(TASKS) * len(METHODS):
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw(options.picture, [make() for make in TASKS.values()], outcomes)
 
 
 if __name__ == "__main__":
