@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .arguments import check_choice, check_count, check_range
 from .loss_check import LossCheck
+from .passes import Surroundings, unnoticed
 from .preconditioner import ALWAYS_INVERT_FIRST, Preconditioner
 from .products import FisherProducts
 from .quadratic import Minimum, minimise_in_span
@@ -115,6 +116,8 @@ class AdaptiveRule:
         self.average = None if config.averaging is None else self._vector()
         if self.average is not None:
             self.average.copy_(self._tensors)
+        self._devices = frozenset(p.device for p in self.parameters)
+        self._around = Surroundings()  # of the step's closure
         self.rejected = 0
         self.stats: dict[str, float] = {}
         capture = preconditioner.capture
@@ -134,10 +137,13 @@ class AdaptiveRule:
 
         Args:
             closure: Clears gradients, runs the model on the batch, the backward pass, and returns the loss.
-            evaluate: Returns the loss on the same batch without a backward pass; None uses the closure.
+            evaluate: Returns the loss on the same batch without a backward pass; None uses the closure, whose gradients
+                then are those after the step.
         """
         config, pre = self.config, self.preconditioner
         pre.capture.forget()
+        measure = (pre.steps + 1) % config.t1 == 0
+        self._around = Surroundings.now(self._devices, generators=measure or not self.calibrated)
         with torch.enable_grad():
             loss = closure()
         batches = pre.capture.batches
@@ -164,7 +170,6 @@ class AdaptiveRule:
                 self._invert()
             step = self._propose(batches)
         pre.steps += 1
-        measure = pre.steps % config.t1 == 0
         before = value + self._penalty() if measure else math.nan
         if measure:
             self._origin.copy_(self._tensors)
@@ -301,14 +306,18 @@ class AdaptiveRule:
         self.calibrated = True
 
     def _loss_now(self, closure: Closure, evaluate: Closure | None) -> float:
-        """The loss at the present parameters, without the penalty, unseen by the capture."""
-        with self.preconditioner.capture.paused():
+        """The loss at the present parameters, without the penalty, with the random numbers of the step's own pass.
+
+        Neither buffers, such as running means, nor the random generators know of it.
+        """
+        pre = self.preconditioner
+        with pre.capture.paused(), unnoticed(pre.model), self._around.again():
             if evaluate is not None:
                 loss = float(evaluate())
             else:
                 with torch.enable_grad():
                     loss = float(closure().detach())
-        return self.preconditioner.ranks.mean(loss)
+        return pre.ranks.mean(loss)
 
     def _adjust_damping(self, before: float, step: Minimum, closure: Closure, evaluate: Closure | None) -> bool:
         """Levenberg–Marquardt (sec. 6.5); whether the step may stay."""

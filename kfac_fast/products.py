@@ -19,6 +19,8 @@ Direction = dict[str, Tensor]  # by parameter name
 _BILINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # A function of one number, applied to all.
 _POINTWISE = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus)
+# Of these, f'(x) ẋ from ẋ and f(x).
+_FROM_RESULT = {nn.Sigmoid: torch.ops.aten.sigmoid_backward, nn.Tanh: torch.ops.aten.tanh_backward}
 
 
 class FisherProducts:
@@ -203,12 +205,17 @@ def _through_pointwise(module: nn.Module, jet: Tensor) -> Tensor:
     """Both y = f(x) and ẏ = f'(x) ẋ, with one derivative for all directions; overwrites the jet's tangents."""
     if len(jet) == 1:
         return module(jet[0]).unsqueeze(0)
+    if type(module) in _FROM_RESULT:
+        y = module(jet[0])
+        jet[1:] = _FROM_RESULT[type(module)](jet[1:], y.expand_as(jet[1:]))
+        jet[0] = y
+        return jet
     with torch.enable_grad():
         x = jet[0].detach().requires_grad_()
         y = module(x)
         (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    jet[1:].mul_(slope)
-    jet[0].copy_(y.detach())
+    jet[1:] *= slope
+    jet[0] = y.detach()
     return jet
 
 

@@ -214,6 +214,50 @@ def test_calibration_climbs_from_the_middle(best: float, monkeypatch: pytest.Mon
     assert torch.equal(flat(model), before)
 
 
+def test_measuring_a_step_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers and generators know of one pass a step; both losses of a step have the same dropout mask."""
+    states, counts = [], []
+    for t1 in (1, 100):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        optimizer = KFAC(model, adaptive=Adaptive(t1=t1))
+        train(model, optimizer, range(3))
+        states.append(torch.get_rng_state())
+        counts.append(int(model[1].num_batches_tracked))
+    assert torch.equal(*states)
+    assert counts == [3, 3]
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    optimizer = KFAC(model, adaptive=Adaptive(t1=1), damping=1.0)
+    monkeypatch.setattr(AdaptiveRule, "_propose", lambda self, batches: Minimum(0.0, 0.0, -1.0))
+    train(model, optimizer, range(1))
+    assert optimizer.stats()["loss_after"] == optimizer.stats()["loss"]
+
+
+def test_the_average_of_the_iterates() -> None:
+    """θ̄ ← κ θ̄ + (1−κ) θ, κ = min(1 − 1/k, 0.9); swapped in and out."""
+    model, optimizer = network_and_optimizer()
+    expected = torch.zeros(1)
+    for k in range(1, 16):
+        train(model, optimizer, range(1))
+        keep = min(1 - 1 / k, 0.9)
+        expected = keep * expected + (1 - keep) * flat(model)
+    with optimizer.averaged():
+        assert torch.allclose(flat(model), expected, atol=1e-6)
+
+
+def test_gamma_is_searched_every_t2_steps_whatever_t3_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Quadratic(0.3, t2=4, t3=3)
+    searched = []
+    search = AdaptiveRule._search_gamma
+    monkeypatch.setattr(
+        AdaptiveRule, "_search_gamma", lambda self, b: (searched.append(self.preconditioner.steps), search(self, b))[1]
+    )
+    for _ in range(10):
+        problem.optimizer.step(problem.closure, problem.loss)
+    assert searched == [4, 8]
+    assert problem.optimizer.stats()["inversions"] == 3 + 3 * 2 + 3  # at 0, 1, 2; at 4 and 8; at 3, 6, 9
+
+
 @pytest.mark.parametrize("gamma", ["sqrt", "search"])
 @pytest.mark.parametrize("stop", [1, 4, 5, 8])
 def test_resume_is_bit_exact(stop: int, gamma: str) -> None:
