@@ -114,7 +114,7 @@ try:
 except ImportError:
     import pip._vendor.tomli as tomllib
 extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
-print(*sorted({requirement for name in ("test", "demo", "frameworks", "lint") for requirement in extras[name]}))
+print(*sorted({requirement for name in ("test", "demo", "frameworks", "timm", "lint") for requirement in extras[name]}))
 print("torch==" + version("torch"))
 endef
 export EXTRAS

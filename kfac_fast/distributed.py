@@ -94,7 +94,7 @@ def ranks_of(model: nn.Module, distributed: Distributed | bool | None) -> tuple[
 
 def _wrapper_group(model: nn.Module) -> Any:
     """The group over which a wrapper of this model averages gradients, or None."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     while is_compiled_wrapper(model):
         model = model.get_submodule("_orig_mod")
@@ -109,21 +109,18 @@ def _wrapper_group(model: nn.Module) -> Any:
     if not meshes:
         return None
     (mesh, *others) = meshes
-    if others or mesh.ndim != 1:
+    if others or mesh.ndim != 1 or not any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ValueError(
-            f"model must be sharded over one dimension of ranks, got {[tuple(m.shape) for m in meshes]}; for hybrid "
-            "sharding or tensor parallelism use DistributedDataParallel"
+            "model must be sharded over one dimension of ranks, by fully_shard, got meshes of shapes "
+            f"{[tuple(m.shape) for m in meshes]}; for hybrid sharding or tensor parallelism use DistributedDataParallel"
         )
     return mesh.get_group()
 
 
 def sharded_parameters(model: nn.Module) -> list[Any]:
-    """Parameters that FSDP2 keeps in shards."""
-    from torch.distributed.fsdp import FSDPModule
+    """Parameters that are kept in shards, by FSDP2 or otherwise."""
     from torch.distributed.tensor import DTensor
 
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        return []
     return [p for p in model.parameters() if isinstance(p, DTensor)]
 
 

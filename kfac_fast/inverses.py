@@ -13,6 +13,7 @@ from torch import Tensor
 from . import ops
 from .factors import Factors
 from .ops import BlockDiagonal
+from .ops.native import reading_is_free
 
 RETRIES = 3  # each with ten times the damping of the one before
 
@@ -93,7 +94,7 @@ class Inverses:
             info = torch.zeros(2 * self._factors.count, dtype=torch.int32)
             info[[first + i for first in (0, self._factors.count) for i in blocks]] = 1
             _, info = ops.damped_inverse(running, damping, self.inverse, retry=info.to(running.device))
-        if running.device.type == "cpu" or not bool(self.inverted[kept].all()):
+        if reading_is_free(running.device) or not bool(self.inverted[kept].all()):
             # The first update has no last good inverse to fall back on, so here the host waits on any device.
             for position in info.nonzero().flatten().tolist():
                 self._rescue(position, float(damping[position]))

@@ -103,7 +103,11 @@ class ResumableOptimizer(torch.optim.Optimizer):
         """Plain tensors and numbers: momentum and, under each layer's weight, factors, inverses in use and counters.
 
         Loading it continues the run bit for bit on the CPU. Statistics and gradients of a backward pass whose step has
-        not been made are not part of it: save after a step.
+        not been made are not part of it: save after a step. With ``share="gradients"`` and with sharded models no rank
+        has all inverses: call it on all ranks.
+
+        Raises:
+            RuntimeError: Ranks share the inverses and one of them did not ask.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)

@@ -204,9 +204,16 @@ class SharedGradients(Sharing):
     def missing_state(self) -> dict[int, dict[str, Tensor]]:
         own = {i: {k: torch.stack(v).cpu() for k, v in self._made_state(i).items()} for i in self.inverts}
         device = self.results_flat.device
+        try:
+            every = self.ranks.gather(own)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"state_dict() must be called on all {self.ranks.size} ranks with share='gradients' and with sharded "
+                "models, where no rank has all inverses; so must whatever copies or saves the optimizer"
+            ) from error
         return {
             i: {key: value.to(device) for key, value in state.items()}
-            for states in self.ranks.gather(own)
+            for states in every
             for i, state in states.items()
         }
 

@@ -65,26 +65,42 @@ def test_the_gradients_are_those_without_kfac(rank: int, size: int, options: dic
     assert float(optimizer.preconditioner.factors.updates.min()) == 3
 
 
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@on_ranks(2)
+def test_the_gradients_with_unused_parameters_are_those_without_kfac(rank: int, size: int, fisher: str) -> None:
+    nets = [DistributedDataParallel(TwoHeads(), find_unused_parameters=True) for _ in range(2)]
+    optimizer = KFAC(nets[0], fisher=fisher)
+    for step, use_left in enumerate((True, False, rank == 0, rank == 1)):  # a branch that no rank uses has no gradient
+        x, y = part(batch(8, step), rank, size)
+        for net in nets:
+            net.zero_grad()
+            F.cross_entropy(net(x, use_left), y).backward()
+        assert (nets[0].module.right.weight.grad is None) == (step == 0)
+        for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
+        optimizer.step()
+        nets[1].load_state_dict(nets[0].state_dict())
+    assert_same_bits(parameters(nets[0]))
+
+
 @pytest.mark.parametrize("share", SHARES)
 @on_ranks(2)
 def test_layers_that_some_ranks_do_not_use(rank: int, size: int, share: str) -> None:
     model = DistributedDataParallel(TwoHeads(), find_unused_parameters=True)
     optimizer = KFAC(model, fisher="exact", distributed=Distributed(share=share))
+    pre = optimizer.preconditioner
     x, y = part(batch(8), rank, size)
-    for _ in range(2):  # no warning about a layer with a gradient but no statistics
+    for step in range(2):  # no warning about a layer with a gradient but no statistics
+        with torch.no_grad():
+            rows = torch.cat([model.module.trunk(x).tanh(), torch.ones(4, 1)], 1)
         optimizer.zero_grad()
         F.cross_entropy(model(x, use_left=rank == 0), y).backward()
         optimizer.step()
-    pre = optimizer.preconditioner
+        if step == 0:  # A of the branch that this rank used is that of its own rows
+            assert torch.allclose(pre.factors.running[1 + rank], rows.T @ rows / 4, atol=1e-6)
     assert_same_bits(parameters(model))
     assert_same_bits(pre.factors.running.data)
     assert pre.factors.updates.tolist() == [2] * 6
-    own = pre.factors.running[1 + rank]  # of the branch that this rank used
-    rows = torch.cat([model.module.trunk(x).tanh(), torch.ones(4, 1)], 1)
-    others = [torch.empty_like(own) for _ in range(size)]
-    dist.all_gather(others, own.contiguous())
-    assert not torch.equal(*others)
-    assert rows.shape[1] == len(own)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -140,6 +156,18 @@ def test_a_checkpoint_of_rank_0_resumes_all_ranks_bit_for_bit(rank: int, size: i
             if isinstance(value, Tensor):
                 assert torch.equal(value, other[key]), key
                 assert_same_bits(value)
+
+
+@on_ranks(2)
+def test_a_state_that_no_rank_has_alone_is_asked_for_on_all(rank: int, size: int) -> None:
+    group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=2))
+    net = network()
+    optimizer = KFAC(net, distributed=Distributed(process_group=group, share="gradients"))
+    train(net, optimizer, [batch(8)])
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"state_dict\(\) must be called on all 2 ranks.*share='gradients'"):
+            optimizer.state_dict()
+    dist.barrier()
 
 
 @pytest.mark.parametrize("share", SHARES)

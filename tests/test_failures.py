@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_optimizer import backward, batch, mlp
 from torch import Tensor, nn
 
+import kfac_fast.inverses
 import kfac_fast.optimizer
 from kfac_fast import KFAC, KFACWarning, Preconditioner, ops
 
@@ -125,6 +126,33 @@ def test_a_factor_with_nan_keeps_the_last_good_inverse() -> None:
     assert not torch.equal(inverses.inverse[0], last[0])
 
 
+def test_where_the_host_does_not_wait_a_bad_factor_is_retried_with_ten_times_the_damping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: all retries are queued, each for what has failed so far; the host reads the outcome later."""
+    model = mlp()
+    optimizer = KFAC(model)
+    backward(model, *batch())
+    optimizer.step()
+    monkeypatch.setattr(kfac_fast.inverses, "reading_is_free", lambda device: False)
+    running, inverses = optimizer.preconditioner.factors.running, optimizer.preconditioner.approximation.damped
+    lowest = float(torch.linalg.eigvalsh(running[1].double())[0])
+    gamma = torch.full((3,), 0.1)
+    damping = float(inverses.damping(gamma)[1])
+    running[1].sub_((lowest + 5 * damping) * torch.eye(9))  # of the second layer; ten times the damping suffices
+    running[4][0, 0] = math.nan
+    last = inverses.inverse.clone()
+    expected = torch.linalg.inv(running[1].double() + 10 * damping * torch.eye(9, dtype=torch.float64))
+    inverses.update(gamma)
+    assert torch.allclose(inverses.inverse[1].double(), expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(inverses.inverse[4], last[4])
+    assert not torch.equal(inverses.inverse[0], last[0])
+    assert inverses.failures.tolist() == [0, 1, 0, 0, 1, 0]
+    with pytest.warns(KFACWarning, match=r"factor [AG] of 2 .*with more damping, or kept its last inverse") as said:
+        inverses.update(gamma)
+    assert len(said) == 2
+
+
 def test_a_rank_deficient_factor_with_tiny_damping_trains_on() -> None:
     """Two distinct rows in 200 dimensions, λ = 1e-12: float32 cannot, the ladder can."""
     model = nn.Linear(200, 3)
@@ -149,6 +177,25 @@ def test_dead_inputs_give_pi_one() -> None:
     gamma = torch.full((1,), 0.2, dtype=torch.float64)
     assert optimizer.preconditioner.approximation.damped.damping(gamma).tolist() == [0.2, 0.2]
     assert model[0].weight.isfinite().all()
+
+
+@pytest.mark.parametrize("since", [0, 4])
+def test_a_layer_that_died_leaves_the_others_training(since: int) -> None:
+    """No input of a ReLU is positive any more: nothing comes out of it, and no gradient goes below."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = KFAC(model)
+    for step in range(12):
+        if step == since:
+            with torch.no_grad():
+                model[2].bias.fill_(-1e3)
+        head = model[4].bias.detach().clone()
+        backward(model, *batch())
+        optimizer.step()
+    assert not model[2].weight.grad.any()
+    assert not torch.equal(head, model[4].bias)
+    assert all(p.isfinite().all() for p in model.parameters())
+    stats = optimizer.stats()
+    assert (stats["skipped_steps"], stats["refused_statistics"], stats["failures"]) == (0, 0, 0)
 
 
 def test_one_by_one_factors() -> None:

@@ -1,4 +1,4 @@
-"""The examples inside the training loops of others, and resuming there. Needs the packages of the "frameworks" extra."""
+"""The examples inside the training loops of others, and resuming there: the extras "frameworks" and "timm"."""
 
 from __future__ import annotations
 
@@ -13,12 +13,26 @@ import torch
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def declare_operators_of_torchvision() -> None:
+    """An index serves torchvision for CUDA. Beside a torch without, its operators do not load, and its import fails on
+    the two that it describes for the compiler, also where others import it for timm or of themselves. None uses them.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
 def example(framework: str, *packages: str) -> Any:
+    declare_operators_of_torchvision()
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            pytest.skip(f"{package} can't be imported: {error} (pip install kfac-fast[frameworks])")
+            pytest.skip(f"{package} can't be imported: {error} (pip install kfac-fast[frameworks,timm])")
     return importlib.import_module(f"examples.frameworks.with_{framework}")
 
 

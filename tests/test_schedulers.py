@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from small import DOUBLE, backward, mlp
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
 
 from kfac_fast import KFAC, Preconditioner
 
@@ -32,11 +33,19 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=2),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=8),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=3),
 }  # fmt: skip
 
 
 def test_every_public_scheduler_is_tried() -> None:
-    assert set(SCHEDULERS) == set(lr_scheduler.__all__) - {"LRScheduler"}
+    """Those that torch lists, and every class there that is one."""
+    found = {
+        name
+        for module in (lr_scheduler, swa_utils)
+        for name, kind in vars(module).items()
+        if inspect.isclass(kind) and issubclass(kind, lr_scheduler.LRScheduler) and not name.startswith("_")
+    }
+    assert set(SCHEDULERS) == (found | set(lr_scheduler.__all__)) - {"LRScheduler"}
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from ranks import on_ranks
 from test_distributed import DOUBLE, assert_same_bits, batch, network, part, train
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from kfac_fast import KFAC, Distributed, Preconditioner
 
@@ -88,6 +95,36 @@ def test_a_sharded_model_keeps_shards_of_momentum_and_owned_inverses(rank: int, 
     assert 0 < sum(kept) < 3
 
 
+@pytest.mark.parametrize("kind", ["FSDP2", "replicate", "gradients"])
+@on_ranks(2)
+def test_torchs_checkpoints_of_several_ranks(rank: int, size: int, kind: str) -> None:
+    def make() -> tuple[nn.Module, KFAC]:
+        if kind == "FSDP2":
+            model: nn.Module = sharded(network(), size)
+            return model, KFAC(model, inverse_every=3)
+        model = DistributedDataParallel(network())
+        return model, KFAC(model, inverse_every=3, distributed=Distributed(share=kind))
+
+    warnings.simplefilter("ignore")  # of torch's own, about its storage classes
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder, 0)
+    model, optimizer = make()
+    batches = [part(batch(8, step), rank, size) for step in range(7)]
+    train(model, optimizer, batches[:4])
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder[0])
+    train(model, optimizer, batches[4:])
+    other, again = make()
+    state = dict(zip(("model", "optimizer"), get_state_dict(other, again), strict=True))
+    dcp.load(state, checkpoint_id=folder[0])
+    set_state_dict(other, again, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    train(other, again, batches[4:])
+    assert torch.equal(whole(model), whole(other))
+    assert again.stats() == optimizer.stats()
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder[0])
+
+
 @on_ranks(2)
 def test_a_sharded_model_with_a_nan_on_one_rank(rank: int, size: int) -> None:
     model = sharded(network(), size)
@@ -119,6 +156,13 @@ def test_the_preconditioner_of_a_sharded_model_rewrites_the_shards(rank: int, si
         assert torch.allclose(p.grad.full_tensor(), q.grad, atol=1e-12)
 
 
+class Flattened(FullyShardedDataParallel):
+    """As far as it can be made without an accelerator."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
 @on_ranks(2)
 def test_what_sharded_models_cannot_do_is_refused(rank: int, size: int) -> None:
     model = sharded(network(), size)
@@ -129,6 +173,11 @@ def test_what_sharded_models_cannot_do_is_refused(rank: int, size: int) -> None:
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards"))
     with pytest.raises(ValueError, match=r"sharded over one dimension of ranks.*use DistributedDataParallel"):
         KFAC(fully_shard(network(), mesh=mesh))
+    split = parallelize_module(network(), init_device_mesh("cpu", (size,)), {"4": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"tensor parallelism.*use DistributedDataParallel"):
+        KFAC(split, distributed=True)
+    with pytest.raises(ValueError, match=r"must not contain a FullyShardedDataParallel.*use DistributedDataParallel"):
+        KFAC(nn.Sequential(Flattened(), nn.Linear(2, 2)))
     half = network()
     fully_shard(half[4], mesh=init_device_mesh("cpu", (size,)))
     with pytest.raises(ValueError, match=r"model must be sharded as a whole: call fully_shard\(\) on it too"):

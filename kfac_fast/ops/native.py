@@ -154,9 +154,14 @@ def _take_staging(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
+def reading_is_free(device: torch.device) -> bool:
+    """Whether the host can read a tensor there without waiting for work that is queued."""
+    return device.type == "cpu"
+
+
 def read_if_free(flag: Tensor) -> bool | None:
     """The value of a 0-d bool tensor where reading it does not make the host wait, else None."""
-    return bool(flag) if flag.device.type == "cpu" else None
+    return bool(flag) if reading_is_free(flag.device) else None
 
 
 # ---- ops ------------------------------------------------------------------------------------------------------------

@@ -145,6 +145,34 @@ def test_training_agrees_with_the_cpu_and_with_itself() -> None:
         assert torch.allclose(a, c, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize(("of", "into"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_checkpoint_goes_on_on_another_device(of: str, into: str) -> None:
+    x, y = torch.randn(32, 3, 8, 8), torch.randint(5, (32,))
+
+    def step(model: nn.Module, optimizer: KFAC, device: str) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.to(device)), y.to(device)).backward()
+        optimizer.step()
+
+    runs = []
+    for device in (of, into):
+        model = network().to(device)
+        runs.append((model, KFAC(model, lr=0.05, fisher="exact", damping=0.1, inverse_every=2), device))
+    for _ in range(3):
+        step(*runs[0])
+    for own, other in zip(runs[1][:2], runs[0][:2], strict=True):
+        own.load_state_dict(other.state_dict())
+    saved, loaded = (optimizer.state_dict()["state"] for _, optimizer, _ in runs)
+    for key, entry in saved.items():
+        for name, value in entry.items():
+            assert torch.equal(torch.as_tensor(value).cpu(), torch.as_tensor(loaded[key][name]).cpu()), name
+    for run in runs:
+        step(*run)
+    for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
+        assert q.device.type == into
+        assert torch.allclose(p.cpu(), q.cpu(), rtol=1e-2, atol=1e-3)
+
+
 def test_kernels_give_the_same_bits_every_time() -> None:
     blocks = BlockDiagonal.pack([c.to(DEVICE) for c in spd([20, 100, 300, 700])])
     runs = [ops.damped_inverse(blocks, 0.1).inverse.data.clone() for _ in range(5)]
