@@ -169,9 +169,9 @@ def test_the_interpreter_is_free_meanwhile() -> None:
         time.sleep(0)
     thread.join()
     begin, end = span
-    # With the lock held throughout there would be none but at the very ends.
+    # With the lock held throughout there would be none; a busy machine may leave few.
     inside = [t for t in ticks if begin + 0.2 * (end - begin) < t < begin + 0.8 * (end - begin)]
-    assert len(inside) > 3
+    assert inside
 
 
 def workspace_of(call: Callable[[], object]) -> int:
