@@ -142,6 +142,7 @@ class AdaptiveRule:
         """
         config, pre = self.config, self.preconditioner
         pre.capture.forget()
+        pre.capture.keep_outputs = self._loss_check.open
         measure = (pre.steps + 1) % config.t1 == 0
         self._around = Surroundings.now(self._devices, generators=measure or not self.calibrated)
         with torch.enable_grad():

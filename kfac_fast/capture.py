@@ -113,6 +113,7 @@ class Capture:
         self.on_trace: Callable[[Trace], None] | None = None  # once; what it raises, the model's forward pass raises
         # Since `forget`.
         self.keep_batches = False
+        self.keep_outputs = False  # in the batches: with them large buffers stay in use from step to step
         self.batches: list[Batch] = []
         self._handles = []
         for module in dict.fromkeys((called, model)):
@@ -242,7 +243,8 @@ class Capture:
             self._check_gradient(outputs, gradient)
         counted = self.likelihood.counted(outputs, gradient)
         if self.keep_batches:
-            self._keep(Batch(tape.inputs, counted, outputs, gradient))
+            values = (outputs, gradient) if self.keep_outputs else ()
+            self._keep(Batch(tape.inputs, counted, *values))
         if tape.counted is None:
             tape.counted = counted
         else:  # another backward pass through the same outputs: of losses on other terms, perhaps

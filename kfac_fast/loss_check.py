@@ -37,6 +37,8 @@ class LossCheck:
         terms = sum(float(batch.counted.sum()) for batch in batches)
         total, possible = 0.0, True
         for batch in batches:
+            assert batch.outputs is not None
+            assert batch.gradient is not None
             implied = self._likelihood.implied(batch.outputs, batch.gradient * terms)
             if implied is None:
                 self.open = False

@@ -156,18 +156,19 @@ class Batch:
     Attributes:
         inputs: Of the model.
         counted: Which loss terms count, in the shape of the likelihood's terms.
-        outputs: Detached.
-        gradient: Of the user's loss with respect to the outputs.
+        outputs: Detached; None where nobody will look at them.
+        gradient: Of the user's loss with respect to the outputs; None with them.
     """
 
     inputs: ModelInputs
     counted: Tensor
-    outputs: Tensor
-    gradient: Tensor
+    outputs: Tensor | None = None
+    gradient: Tensor | None = None
 
     def plus(self, other: Batch) -> Batch:
         """With another backward pass from the same outputs."""
-        return Batch(self.inputs, self.counted | other.counted, self.outputs, self.gradient + other.gradient)
+        both = None if self.gradient is None or other.gradient is None else self.gradient + other.gradient
+        return Batch(self.inputs, self.counted | other.counted, self.outputs, both)
 
 
 REENTRANT = (
