@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -149,5 +150,8 @@ class Training:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """With a line per list of numbers, so that curves do not take a line per point."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: " ".join(found[0].split()), text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(text + "\n")
