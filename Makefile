@@ -46,7 +46,7 @@ bench: $(BUILD_STAMP) ## benchmarks against torch; run nothing else beside them
 convergence: $(BUILD_STAMP) ## the paper's comparison, about an hour; stopped, it goes on where it was
 	$(BIN)/python -m bench.convergence --json bench/results/convergence.json --pictures docs/images
 
-stability: $(BUILD_STAMP) ## where training is stable: maps over damping and learning rate, about five minutes
+stability: $(BUILD_STAMP) ## where training is stable: maps over damping and learning rate, about ten minutes
 	$(BIN)/python -m bench.stability --json bench/results/stability.json --picture docs/images/stability.png
 
 docs: $(TOOLS_STAMP) ## the documentation site, in build/site; a broken link is an error
