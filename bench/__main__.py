@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import adaptive, damped_inverse, factor_update, precondition, step
+from . import adaptive, damped_inverse, factor_update, models, precondition, step
 from .harness import HEADER, Row, line, machine, run, save
 
 SCRIPTS = {
@@ -13,6 +13,7 @@ SCRIPTS = {
     "factor_update": lambda case: run(factor_update.cases(), case),
     "precondition": lambda case: run(precondition.cases(), case),
     "step": lambda case: run(step.cases(), case),
+    "models": models.run,
     "adaptive": lambda case: [] if case else adaptive.run(),  # its cases share their steps
 }
 

@@ -59,24 +59,24 @@ class Row:
         return self.bar is None or self.ratio >= self.bar
 
 
-def _stretch(run: Call, count: int) -> float:
+def stretch(run: Call, count: int) -> float:
     start = time.perf_counter()
     for _ in range(count):
         run()
     return (time.perf_counter() - start) / count
 
 
-def _count_for(run: Call) -> int:
+def count_for(run: Call) -> int:
     run()  # warm-up: first-touch memory, plans, thread pools
-    once = _stretch(run, 1)
+    once = stretch(run, 1)
     return max(1, round(TARGET_SECONDS / max(once, 1e-7)))
 
 
 def measure(case: Case) -> Row:
     """Times both in turn."""
     ours, rival = case.make()
-    counts = _count_for(ours), _count_for(rival)
-    times = [(_stretch(ours, counts[0]), _stretch(rival, counts[1]) * case.scale) for _ in range(REPEATS)]
+    counts = count_for(ours), count_for(rival)
+    times = [(stretch(ours, counts[0]), stretch(rival, counts[1]) * case.scale) for _ in range(REPEATS)]
     ratios = sorted(r / o for o, r in times)
     return Row(
         case.op,

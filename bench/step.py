@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,23 +14,10 @@ from kfac_fast.data import curves_autoencoder
 from kfac_fast.ops import native
 
 from .harness import Call, Case
+from .workloads import ManyLayers
 
 Loss = Callable[[Tensor], Tensor]
 STEPS = 10  # looked at for the time inside kernels: one round of the inverses
-
-
-class ManyLayers(nn.Module):
-    """200 small Linear layers side by side: Python and launches, not arithmetic."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = random.Random(0)
-        widths = [(generator.randint(8, 128), generator.randint(8, 128)) for _ in range(200)]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in widths)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = [layer(x[:, : layer.in_features]).tanh().mean(1) for layer in self.layers]
-        return torch.stack(h, 1)
 
 
 def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, loss: Loss) -> Call:

@@ -21,6 +21,7 @@ from .ops.native import read_if_free
 from .optimizer_state import ResumableOptimizer
 from .preconditioner import Preconditioner
 from .report import Report, Row
+from .update import update_parameters
 
 
 class KFAC(ResumableOptimizer):
@@ -287,23 +288,10 @@ class KFAC(ResumableOptimizer):
         """Momentum, weight decay and the update. With a gate that is False on the device nothing changes."""
         if not pairs:
             return
-        params = [local(p) for p, _ in pairs]
-        directions: list[Tensor] = [u for _, u in pairs]
-        lr, momentum = float(group["lr"]), group["momentum"]
-        if momentum:
-            buffers = [local(buffer) for buffer in self._momentum_buffers([p for p, _ in pairs])]
-            # A skipped step must not decay the buffer either.
-            torch._foreach_mul_(buffers, momentum if gate is None else torch.where(gate, momentum, 1.0))
-            torch._foreach_add_(buffers, directions)
-            directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
-        if group["weight_decay"]:
-            shrink = 1 - lr * group["weight_decay"]
-            torch._foreach_mul_(params, shrink if gate is None else torch.where(gate, shrink, 1.0))
-        if group["maximize"]:
-            lr = -lr
-        if gate is not None:
-            directions = list(torch._foreach_mul(directions, gate.to(directions[0].dtype)))
-        torch._foreach_add_(params, directions, alpha=-lr)
+        buffers = (
+            [local(buffer) for buffer in self._momentum_buffers([p for p, _ in pairs])] if group["momentum"] else []
+        )
+        update_parameters(group, [local(p) for p, _ in pairs], [u for _, u in pairs], buffers, gate)
 
     def joinable(self) -> Any:
         """For ranks with different numbers of batches: ``with Join([ddp_model, optimizer.joinable()]): …``.
