@@ -40,8 +40,8 @@ test-full: $(BUILD_STAMP) ## the tests with the exhaustive sweeps
 gpu: $(BUILD_STAMP) ## on a machine with a GPU: tests, sanitizer and benchmarks there, in build/gpu-report.md
 	$(BIN)/python tests/gpu/report.py build/gpu-report.md
 
-bench: $(BUILD_STAMP) ## benchmarks against torch; run nothing else beside them
-	$(BIN)/python -m bench
+bench: $(BUILD_STAMP) ## benchmarks, under ten minutes, in bench/results as figures, table and picture; run nothing else beside them
+	$(BIN)/python -m bench --json bench/results
 
 convergence: $(BUILD_STAMP) ## the paper's comparison, about an hour; stopped, it goes on where it was
 	$(BIN)/python -m bench.convergence --json bench/results/convergence.json --pictures docs/images

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from kfac_fast import KFAC, Adaptive
 from kfac_fast.data import curves, curves_autoencoder
 
 from .harness import Row, line
+from .stopwatch import Stopwatch
 
 STEPS, ROUNDS, BATCH = 60, 3, 1_000
 PAPER = {"t1": 5, "t2": 20, "t3": 20}
@@ -28,34 +28,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float | None]] = {
     "paper's constants, λ₀ = 10": (PAPER, {"factor_fraction": 1 / 8, "damping": 10.0}, 2.5),
     "defaults (T₃ = 5, τ₁ = 1)": ({}, {}, None),
 }
-
-
-class Split:
-    """Seconds of parts of a step; a part inside another is taken from it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inner = [0.0]
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self._inner.append(0.0)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[name] += spent - self._inner.pop()
-            self._inner[-1] += spent
-
-    def wrap(self, owner: Any, method: str, name: str) -> None:
-        original = getattr(owner, method)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return original(*args, **kwargs)
-
-        setattr(owner, method, timed)
 
 
 def _model() -> nn.Sequential:
@@ -78,7 +50,7 @@ def _sgd(images: Tensor) -> Callable[[], None]:
     return step
 
 
-def _kfac(images: Tensor, constants: dict[str, Any], options: dict[str, Any], split: Split) -> Callable[[], None]:
+def _kfac(images: Tensor, constants: dict[str, Any], options: dict[str, Any], split: Stopwatch) -> Callable[[], None]:
     model = _model()
     kfac = KFAC(model, adaptive=Adaptive(**constants), likelihood="bernoulli", weight_decay=1e-5, **options)
     rule, pre = kfac.rule, kfac.preconditioner
@@ -112,7 +84,7 @@ def run() -> list[Row]:
     sgd = [float("inf")] * STEPS
     ours = {name: [float("inf")] * STEPS for name in CASES}
     rounds: dict[str, list[float]] = defaultdict(list)
-    splits = {name: [Split() for _ in range(ROUNDS)] for name in CASES}
+    splits = {name: [Stopwatch() for _ in range(ROUNDS)] for name in CASES}
     for turn in range(ROUNDS):
         steps = {name: _kfac(images, *CASES[name][:2], splits[name][turn]) for name in CASES}
         plain = _sgd(images)

@@ -28,7 +28,7 @@ def well_conditioned(n: int) -> Tensor:
 
 
 def stacked_inverse(stack: Tensor) -> Tensor:
-    damped = stack + DAMPING * torch.eye(stack.shape[-1])
+    damped = stack + DAMPING * torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -141,13 +143,23 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(rows: list[Row], path: Path) -> None:
-    """Writes the rows and the machine as JSON; rows of an earlier run on this machine are kept where none is newer."""
+def machine_name() -> str:
+    """Of the machine, short enough for a file: the maker and kind of its processor, and the threads."""
+    words = re.sub(r"\(.*?\)|@.*|\b(cpu|processor)\b", " ", str(machine()["cpu"]).lower()).split()
+    return "-".join([*words, str(torch.get_num_threads()), "threads"])
+
+
+def save(rows: list[Row], path: Path, **others: object) -> None:
+    """Writes rows, machine and other figures as JSON; those of an earlier run are kept where none is newer.
+
+    Only of a run on the same machine with the same versions; figures of another are replaced as a whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+    fresh: dict[str, Any] = {"machine": machine(), "rows": [asdict(row) for row in rows], **others}
     if path.exists():
         saved = json.loads(path.read_text())
         if saved["machine"] == fresh["machine"]:
             made = {(row.op, row.case) for row in rows}
-            fresh["rows"] = [row for row in saved["rows"] if (row["op"], row["case"]) not in made] + fresh["rows"]
+            kept = [row for row in saved["rows"] if (row["op"], row["case"]) not in made]
+            fresh = {**saved, **fresh, "rows": kept + fresh["rows"]}
     path.write_text(json.dumps(fresh, indent=1) + "\n")

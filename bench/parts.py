@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from kfac_fast import KFAC
 from kfac_fast.ops import native
 
+from .stopwatch import Stopwatch
 from .workloads import Workload
 
 # Forward and backward pass as SGD has them; what the hooks add to them; running averages; inverses; natural gradients;
@@ -21,55 +21,17 @@ PARTS = ("model", "capture", "factors", "inverses", "preconditioning", "update")
 STEPS = 5  # of each kind
 
 
-class Stopwatch:
-    """Seconds by part, of calls; what is spent in a part inside another does not count for the outer one."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._open: list[tuple[str, float]] = []  # names, and seconds spent in parts inside
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self._open.append((name, 0.0))
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            _, inside = self._open.pop()
-            self.seconds[name] += spent - inside
-            if self._open:
-                outer, others = self._open[-1]
-                self._open[-1] = (outer, others + spent)
-
-    @property
-    def current(self) -> str:
-        return self._open[-1][0]
-
-    def timed(self, call: Callable[..., Any], name: str | None = None, suffix: str = "") -> Callable[..., Any]:
-        """The call, timed as a part; None is the part that it is in, and a suffix."""
-
-        def wrapped(*arguments: Any, **named: Any) -> Any:
-            with self.part(name or self.current + suffix):
-                return call(*arguments, **named)
-
-        return wrapped
-
-
 @contextlib.contextmanager
 def _watched(optimizer: KFAC, watch: Stopwatch) -> Iterator[None]:
     """Inside, the optimizer's work is timed by part, and the native calls apart from what is around them."""
-    p, run = optimizer.preconditioner, native._run
-    names = {"update_factors": "factors", "update_inverses": "inverses", "precondition": "preconditioning"}
-    for method, name in names.items():
-        setattr(p, method, watch.timed(getattr(p, method), name))
-    native._run = watch.timed(run, suffix=" kernels")
+    p = optimizer.preconditioner
+    methods = {"update_factors": "factors", "update_inverses": "inverses", "precondition": "preconditioning"}
+    undo = [watch.wrap(p, method, name) for method, name in methods.items()] + [watch.wrap(native, "_run")]
     try:
         yield
     finally:
-        native._run = run
-        for method in names:
-            delattr(p, method)
+        for one in undo:
+            one()
 
 
 def split(

@@ -7,10 +7,9 @@ batch and block by block, scipy block by block, and CuPy on a GPU where it is in
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from kfac_fast import BlockDiagonal, ops
 
-from .damped_inverse import DAMPING, sgemm_rate, stacked_inverse, well_conditioned
-from .harness import machine
+from .damped_inverse import DAMPING, MM, stacked_inverse, well_conditioned
+from .harness import save
 
 SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 BATCHES = (1, 16, 256, 4096)
@@ -87,12 +86,20 @@ def seconds_per_call(call: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(stretch(count) for _ in range(REPEATS))
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def mm_gflops() -> float:
+    """What torch.mm reaches in float32: the machine's limit, as far as torch knows it."""
+    a = torch.randn(MM, MM)
+    return 1e-9 * 2 * MM**3 / seconds_per_call(lambda: torch.mm(a, a), a.device)
+
+
+def measure(
+    device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = SIZES, batches: Sequence[int] = BATCHES
+) -> list[dict[str, Any]]:
     """A row for every size, batch and contestant, printed as it comes."""
     rows: list[dict[str, Any]] = []
-    for n in SIZES:
+    for n in sizes:
         matrix = well_conditioned(n).to(device, dtype)
-        for batch in BATCHES:
+        for batch in batches:
             if batch * n**3 > MAX_OPERATIONS:
                 continue
             blocks = BlockDiagonal.pack([matrix] * batch)
@@ -114,21 +121,21 @@ def measure(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     return rows
 
 
-def run() -> dict[str, Any]:
-    """Both types on the CPU, or on the GPU if there is one."""
+def run(*, short: bool = False) -> dict[str, Any]:
+    """Both types on the CPU, or on the GPU if there is one; short: float32, every second size and batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = measure(device, torch.float32) + measure(device, torch.float64)
-    limit = sgemm_rate() if device.type == "cpu" else None
-    return {"device": str(device), "sgemm_gflops": None if limit is None else 1e-9 * limit, "rows": rows}
+    if short:
+        rows = measure(device, torch.float32, SIZES[1::2], BATCHES[::2])
+    else:
+        rows = measure(device, torch.float32) + measure(device, torch.float64)
+    return {"device": str(device), "sgemm_gflops": mm_gflops() if device.type == "cpu" else None, "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.throughput", description=__doc__)
     parser.add_argument("--json", type=Path, default=Path("build/throughput.json"), help="where the figures go")
     path = parser.parse_args().json
-    saved = {"machine": machine(), **run()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(saved, indent=1) + "\n")
+    save([], path, throughput=run())
     print(f"figures in {path}; python -m bench.plots {path} draws them")
 
 
