@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import adaptive, damped_inverse, factor_update, models, plots, precondition, show, step, throughput
+from . import adaptive, damped_inverse, factor_update, models, precondition, show, step, throughput
 from .harness import HEADER, Row, line, machine, machine_name, run, save
 
 SCRIPTS = {
@@ -42,12 +42,17 @@ def main() -> None:
             rows += SCRIPTS[name](options.case)
         save(rows, path, **others)  # after each: a run that is stopped loses only what it was at
     path.with_suffix(".md").write_text(show.table(path) + "\n")
-    picture = plots.write(path)
+    try:
+        from . import plots
+    except ImportError as error:
+        print(f"no picture: {error}")
+    else:
+        plots.write(path)
     missed = [row for row in rows if not row.reached]
     print(f"\n{sum(row.bar is not None for row in rows) - len(missed)} bars reached, {len(missed)} not")
     for row in missed:
         print(line(row))
-    print(f"figures in {path}, {path.with_suffix('.md')}" + (f", {picture}" if picture else ""))
+    print(f"figures in {path}, a table and where it says something a picture beside them")
 
 
 if __name__ == "__main__":

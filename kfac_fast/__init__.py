@@ -5,6 +5,13 @@ optimizer = KFAC(model)
 """
 
 import sys
+from importlib.util import find_spec
+
+if find_spec(f"{__name__}._C") is None:
+    raise ImportError(
+        f"the kernels of kfac_fast are not in {__path__[0]}. Is that the source folder? Python takes what is in the "
+        "current folder before what is installed: go elsewhere, or install with `pip install -e .`"
+    )
 
 import torch  # noqa: F401 - first: the loader then shares torch's OpenMP runtime with _C
 

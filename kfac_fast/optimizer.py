@@ -122,7 +122,7 @@ class KFAC(ResumableOptimizer):
         distributed: Distributed | bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass it, not its parameters")
         config = Adaptive() if adaptive is True else adaptive or None
         if config is not None and not isinstance(config, Adaptive):
             raise TypeError(f"adaptive must be a bool or an Adaptive, got {type(adaptive).__name__}")

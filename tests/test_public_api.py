@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +70,13 @@ def test_types_are_shipped() -> None:
 
 def functions(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+def test_a_source_folder_without_kernels_says_what_to_do(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "kfac_fast", tmp_path / "kfac_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "-S", "-c", "import kfac_fast"]  # -S: an editable install would find the kernels
+    found = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert "pip install -e ." in found.stderr, found.stderr
 
 
 CONTRACT = [
