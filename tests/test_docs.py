@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def test_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_pages_have_code() -> None:
     assert sum(bool(blocks(p)) for p in PAGES) >= 2, "the pattern finds no code any more"
+
+
+PLACES = re.findall(r"`([\w/]+\.py)::([\w.]+)`", (ROOT / "docs" / "algorithm.md").read_text())
+
+
+@pytest.mark.parametrize(("file", "name"), PLACES, ids="::".join)
+def test_an_equation_is_where_the_page_says(file: str, name: str) -> None:
+    body: list[ast.stmt] = ast.parse((ROOT / "kfac_fast" / file).read_text()).body
+    for part in name.split("."):
+        found = [s for s in body if isinstance(s, (ast.ClassDef, ast.FunctionDef)) and s.name == part]
+        assert found, f"{file} has no {name}"
+        body = found[0].body
 
 
 def test_links_between_files_resolve() -> None:

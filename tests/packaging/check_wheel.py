@@ -8,6 +8,8 @@ only, so that any Python can start it.
 from __future__ import annotations
 
 import os
+import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,8 @@ import zipfile
 from pathlib import Path
 
 MAX_BYTES = 20 * 10**6
+# The C++ run time, libc's libraries, and libgomp, which has to be torch's. No CUDA and no torch.
+ALLOWED_LIBRARIES = re.compile(r"lib(gomp|stdc\+\+|gcc_s|m|c|pthread|dl|rt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")
 
 # Run by the new environment's Python.
 TRAIN = """
@@ -37,13 +41,38 @@ print(f"20 steps: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 """
 
 
+def needed_libraries(library: bytes) -> list[str]:
+    """What a 64-bit little-endian ELF file asks the loader for (DT_NEEDED)."""
+    assert library[:6] == b"\x7fELF\x02\x01", "not a 64-bit little-endian ELF file"
+    start, count = struct.unpack_from("<Q", library, 32)[0], struct.unpack_from("<H", library, 56)[0]
+    headers = [struct.unpack_from("<IIQQQQQQ", library, start + 56 * i) for i in range(count)]
+    dynamic = next(offset for kind, _, offset, *_ in headers if kind == 2)
+    entries = []
+    for tag, value in struct.iter_unpack("<QQ", library[dynamic : dynamic + (len(library) - dynamic) // 16 * 16]):
+        if tag == 0:
+            break
+        entries.append((tag, value))
+    address = dict(entries)[5]  # of the strings
+    strings = next(
+        address - virtual + offset
+        for kind, _, offset, virtual, _, size, *_ in headers
+        if kind == 1 and virtual <= address < virtual + size
+    )
+    return [
+        library[strings + value : library.index(b"\0", strings + value)].decode() for tag, value in entries if tag == 1
+    ]
+
+
 def check_contents(wheel: Path) -> None:
     """Raises AssertionError if the wheel is too large or carries libraries or sources that it should not."""
     size = wheel.stat().st_size
     assert size < MAX_BYTES, f"{wheel.name} has {size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f}"
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     libraries = [n for n in names if ".so" in n]
     assert len(libraries) == 1, f"expected one library, found {libraries}"
+    strange = [name for name in needed_libraries(archive.read(libraries[0])) if not ALLOWED_LIBRARIES.fullmatch(name)]
+    assert not strange, f"{libraries[0]} needs {strange}"
     assert "kfac_fast/py.typed" in names, "py.typed is missing"
     strays = [n for n in names if not n.startswith(("kfac_fast/", "kfac_fast-"))]
     assert not strays, f"files outside the package: {strays}"
