@@ -3,6 +3,7 @@
 // trace and the finite flag. Limit: multiply-adds for n >= 64 or so, reading X below.
 #include "direct_update.h"
 #include "kernels.h"
+#include "matrix_tiles.h"
 #include "pack.h"
 #include "shifted_gram.h"
 #include "support.h"
@@ -16,7 +17,7 @@ namespace {
 // cut depends on the shape alone, so that results do not depend on the number of threads.
 constexpr int64_t kSegmentRows = 2048;
 constexpr int64_t kMaxSegments = 8;
-constexpr int64_t kMaxSegmentedSize = 192;
+constexpr int64_t kMaxSegmentedSize = 512;
 
 // A block of this many multiply-adds is worth the attention of all threads (about half a millisecond of one).
 constexpr int64_t kTeamWork = int64_t{1} << 25;
@@ -26,9 +27,14 @@ constexpr int64_t kFoldRows = 32;
 struct Shape {
   int64_t m, n;
   bool shifted;  // a convolution that needs no patches (shifted_gram.h)
+  bool tiles;    // for the matrix instructions (matrix_tiles.h)
 
   int64_t segments() const {
     return n <= kMaxSegmentedSize && !shifted ? max(1, min(m / kSegmentRows, kMaxSegments)) : 1;
+  }
+  template <typename T>
+  int64_t sum_numel() const {  // of one segment
+    return tiles ? max(tile_sum_numel(n), Padded<T>{n}.numel()) : Padded<T>{n}.numel();
   }
   int64_t segment_rows() const { return ceil_div(m, segments()); }
   bool for_team(int threads) const { return threads > 1 && m * n * n >= kTeamWork; }
@@ -36,21 +42,22 @@ struct Shape {
 
 // Rows packed at a time: a panel of this depth and a tile's rows fit the first-level cache.
 template <typename T>
-constexpr int64_t kChunkRows = sizeof(T) == 4 ? 128 : 96;
+constexpr int64_t kChunkRows = sizeof(T) == 4 ? 192 : 96;
 
 template <typename T>
 struct Scratch {
-  T* sum = nullptr;           // [segments or 1] padded [n, n]
-  T* partial = nullptr;       // padded [n, n], one segment's sum before it joins the total
+  T* sum = nullptr;           // padded [n, n], and as many again as segments are summed side by side
   T* panels = nullptr;        // [panels, kChunkRows, kPanel]
   T* root_weights = nullptr;  // [kChunkRows]
   ShiftedScratch<T> shifted;
   T* cells = nullptr;  // of shifted_gram.h
+  TileScratch tiles;
 };
 
+template <typename T>
 Shape shape_of(const FactorUpdate& op, int block) {
   const Rows& rows = op.rows[block];
-  return {rows.m, op.plan.size(block), shifted_gram_applies(rows)};
+  return {rows.m, op.plan.size(block), shifted_gram_applies(rows), matrix_tiles_apply<T>(rows)};
 }
 
 // Square roots of the weights of rows [first, first + depth), or null when there are none.
@@ -65,6 +72,9 @@ const T* root_weights(const Rows& rows, int64_t first, int64_t depth, T* out) {
 // sum <- X^T X over rows [begin, end), by one thread.
 template <typename T>
 void gram(const Rows& rows, int64_t begin, int64_t end, Padded<T> shape, const Scratch<T>& scratch, T* sum) {
+  if constexpr (kHasMatrixTiles<T>) {
+    if (matrix_tiles_apply<T>(rows)) return gram_by_tiles(rows, begin, end, 1, scratch.tiles, sum);
+  }
   Ahead nothing;
   for (int64_t first = begin; first < end || first == begin; first += kChunkRows<T>) {
     const int64_t depth = min(kChunkRows<T>, end - first);
@@ -83,6 +93,9 @@ void gram(const Rows& rows, int64_t begin, int64_t end, Padded<T> shape, const S
 // The same by all threads: panels are packed, then tiles updated, side by side.
 template <typename T>
 void gram_by_team(const Rows& rows, int threads, Padded<T> shape, const Scratch<T>& scratch, T* sum) {
+  if constexpr (kHasMatrixTiles<T>) {
+    if (matrix_tiles_apply<T>(rows)) return gram_by_tiles(rows, 0, rows.m, threads, scratch.tiles, sum);
+  }
   for (int64_t first = 0; first < rows.m; first += kChunkRows<T>) {
     const int64_t depth = min(kChunkRows<T>, rows.m - first);
     const T* weights = root_weights(rows, first, depth, scratch.root_weights);
@@ -145,9 +158,19 @@ void finish(const FactorUpdate& op, int block, const T* sum, int threads) {
   set_trace<T>(op, block);
 }
 
+// The lower triangles of `count` sums, one behind the other, join the first in their order.
 template <typename T>
-void add_to(T* total, const T* part, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+void add_segments(T* sum, int64_t count, Padded<T> shape, int64_t stride, int threads) {
+  parallel_for(threads, ceil_div(shape.n, kFoldRows), [&](int64_t strip, int) {
+    const int64_t end = min((strip + 1) * kFoldRows, shape.n);
+    for (int64_t segment = 1; segment < count; ++segment) {
+      for (int64_t i = strip * kFoldRows; i < end; ++i) {
+        T* total = sum + i * shape.ld();
+        const T* part = total + segment * stride;
+        for (int64_t j = 0; j <= i; j += kLanes<T>) store(total + j, load(total + j) + load(part + j));
+      }
+    }
+  });
 }
 
 // What a block's update will read; nothing if there is no such block.
@@ -172,7 +195,7 @@ void update_block(const FactorUpdate& op, int block, int next, const Scratch<T>&
                        static_cast<T*>(op.factors) + op.plan.offset(block), op.plan.size(block), ahead);
     return set_trace<T>(op, block);
   }
-  const Shape shape = shape_of(op, block);
+  const Shape shape = shape_of<T>(op, block);
   const Padded<T> padded{shape.n};
   if (shape.shifted) {
     shifted_gram(rows, 1, scratch.shifted, [&](int) { return scratch.cells; }, scratch.sum, padded);
@@ -181,8 +204,9 @@ void update_block(const FactorUpdate& op, int block, int next, const Scratch<T>&
   const int64_t step = shape.segment_rows();
   gram(rows, 0, min(step, shape.m), padded, scratch, scratch.sum);
   for (int64_t segment = 1; segment < shape.segments(); ++segment) {
-    gram(rows, segment * step, min((segment + 1) * step, shape.m), padded, scratch, scratch.partial);
-    add_to(scratch.sum, scratch.partial, padded.numel());
+    const int64_t stride = shape.sum_numel<T>();
+    gram(rows, segment * step, min((segment + 1) * step, shape.m), padded, scratch, scratch.sum + stride);
+    add_segments(scratch.sum, 2, padded, stride, 1);
   }
   finish(op, block, scratch.sum, 1);
 }
@@ -190,7 +214,7 @@ void update_block(const FactorUpdate& op, int block, int next, const Scratch<T>&
 template <typename T>
 void update_block_by_team(const FactorUpdate& op, int block, int threads, const Scratch<T>* scratch) {
   const Rows& rows = op.rows[block];
-  const Shape shape = shape_of(op, block);
+  const Shape shape = shape_of<T>(op, block);
   const Padded<T> padded{shape.n};
   T* sum = scratch[0].sum;
   if (shape.shifted) {
@@ -201,11 +225,9 @@ void update_block_by_team(const FactorUpdate& op, int block, int threads, const 
     const int64_t step = shape.segment_rows();
     parallel_for(threads, shape.segments(), [&](int64_t segment, int thread) {
       gram(rows, segment * step, min((segment + 1) * step, shape.m), padded, scratch[thread],
-           sum + segment * padded.numel());
+           sum + segment * shape.sum_numel<T>());
     });
-    for (int64_t segment = 1; segment < shape.segments(); ++segment) {
-      add_to(sum, sum + segment * padded.numel(), padded.numel());
-    }
+    add_segments(sum, shape.segments(), padded, shape.sum_numel<T>(), threads);
   }
   finish(op, block, sum, threads);
 }
@@ -215,43 +237,48 @@ void update_block_by_team(const FactorUpdate& op, int block, int threads, const 
 template <typename T>
 void lay_out(const FactorUpdate& op, int threads, Arena& arena, Scratch<T>* scratch) {
   struct Sizes {
-    int64_t sum = 0, panels = 0, packed = 0, blocks = 0;
+    int64_t sum = 0, panels = 0, tiles = 0, packed = 0, blocks = 0;
 
-    void include(int64_t sum_, int64_t panels_, int64_t packed_, int64_t blocks_) {
-      sum = max(sum, sum_), panels = max(panels, panels_);
-      packed = max(packed, packed_), blocks = max(blocks, blocks_);
+    void include(const Sizes& other) {
+      sum = max(sum, other.sum), panels = max(panels, other.panels), tiles = max(tiles, other.tiles);
+      packed = max(packed, other.packed), blocks = max(blocks, other.blocks);
     }
   };
   Sizes own, first;
-  int64_t partial = 0, cells = 0;
+  int64_t cells = 0;
   for (int block = 0; block < op.plan.count(); ++block) {
-    const Shape shape = shape_of(op, block);
+    const Shape shape = shape_of<T>(op, block);
     const bool team = shape.for_team(threads);
-    Sizes& sizes = team ? first : own;
-    const Padded<T> padded{shape.n};
+    Sizes sizes;
+    sizes.sum = shape.sum_numel<T>();
     if (shape.shifted) {
       const ShiftedGram<T> gram{*op.rows[block].conv, op.rows[block].bias};
-      sizes.include(padded.numel(), 0, gram.packed_numel(), gram.blocks_numel());
+      sizes.packed = gram.packed_numel(), sizes.blocks = gram.blocks_numel();
       cells = max(cells, gram.cells_numel());
-      continue;
+    } else {
+      if (shape.tiles) {
+        sizes.tiles = TileScratch::words(shape.n);
+      } else {
+        sizes.panels = Padded<T>{shape.n}.panels() * kPanel<T> * kChunkRows<T>;
+      }
+      if (shape.segments() > 1) {
+        own.include({0, sizes.panels, sizes.tiles, 0, 0});
+        sizes.sum *= team ? shape.segments() : 2;
+      }
     }
-    const int64_t panels = padded.panels() * kPanel<T> * kChunkRows<T>;
-    sizes.include(padded.numel() * (team ? shape.segments() : 1), panels, 0, 0);
-    if (shape.segments() == 1) continue;
-    own.include(0, panels, 0, 0);
-    if (!team) partial = max(partial, padded.numel());
+    (team ? first : own).include(sizes);
   }
-  first.include(own.sum, own.panels, own.packed, own.blocks);
+  first.include(own);
   for (int thread = 0; thread < threads; ++thread) {
     const Sizes& sizes = thread == 0 ? first : own;
     Scratch<T> mine;
     mine.sum = arena.take<T>(sizes.sum);
-    mine.partial = arena.take<T>(partial);
     mine.panels = arena.take<T>(sizes.panels);
     mine.root_weights = arena.take<T>(kChunkRows<T>);
     mine.shifted.packed = arena.take<T>(sizes.packed);
     mine.shifted.blocks = arena.take<T>(sizes.blocks);
     mine.cells = arena.take<T>(cells);
+    mine.tiles = TileScratch::take(arena, sizes.tiles);
     if (scratch != nullptr) scratch[thread] = mine;
   }
 }
@@ -266,11 +293,11 @@ void run(const FactorUpdate& op, const Context& ctx) {
   const int32_t* order = op.plan.by_decreasing_size().data();
   for (int task = 0; task < op.plan.count(); ++task) {
     const int block = order[task];
-    if (shape_of(op, block).for_team(threads)) update_block_by_team(op, block, threads, scratch);
+    if (shape_of<T>(op, block).for_team(threads)) update_block_by_team(op, block, threads, scratch);
   }
   parallel_for(threads, op.plan.count(), [&](int64_t task, int thread) {
     const int block = order[task];
-    if (!shape_of(op, block).for_team(threads)) {
+    if (!shape_of<T>(op, block).for_team(threads)) {
       const int64_t next = task + threads;
       update_block(op, block, next < op.plan.count() ? order[next] : -1, scratch[thread]);
     }

@@ -8,13 +8,19 @@
 
 namespace kfac_fast::cpu::KFAC_FAST_ISA {
 
+// Rows may lie pages apart, where the processor's own prefetchers do not follow.
+constexpr int64_t kRowsAhead = 8;
+
 // One panel of a strided matrix: columns [column, column + kPanel) of rows [0, depth) of `x`.
 template <typename T, typename Source>
 inline void pack_strided(const Source* x, int64_t row_stride, int64_t col_stride, int64_t depth, int64_t columns,
                          T* panel) {  // [depth, kPanel]
   if (col_stride == 1 && columns == kPanel<T>) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Source));
     for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t c = 0; c < kPanel<T>; ++c) panel[k * kPanel<T> + c] = convert<T>(x[k * row_stride + c]);
+      const Source* row = x + k * row_stride;
+      for (int64_t c = 0; c < kPanel<T>; c += kLine) __builtin_prefetch(row + kRowsAhead * row_stride + c);
+      for (int64_t c = 0; c < kPanel<T>; ++c) panel[k * kPanel<T> + c] = convert<T>(row[c]);
     }
     return;
   }

@@ -11,7 +11,11 @@ namespace kfac_fast::cpu::KFAC_FAST_ISA {
 template <typename T>
 struct Padded {
   int64_t n;
-  int64_t ld() const { return round_up(n, kLanes<T>); }
+  // Not a multiple of a quarter page: a tile's rows would share a few sets of the first-level cache.
+  int64_t ld() const {
+    const int64_t whole = round_up(n, kLanes<T>);
+    return whole * static_cast<int64_t>(sizeof(T)) % 1024 == 0 ? whole + kLanes<T> : whole;
+  }
   int64_t rows() const { return round_up(n, kTileRows<T>); }
   int64_t numel() const { return rows() * ld(); }
   int64_t panels() const { return ceil_div(n, kPanel<T>); }
@@ -19,6 +23,9 @@ struct Padded {
 
 // Enough to have a block of any size read by the time the one before is inverted.
 constexpr int64_t kLinesPerTile = 10;
+
+// From this depth on a tile takes long enough for its part of C to arrive while it is computed.
+constexpr int64_t kPrefetchedDepth = 64;
 
 // The unit of parallel work: the tiles of up to kStripPanels row panels in one column panel.
 constexpr int64_t kStripPanels = 8;
@@ -46,7 +53,13 @@ inline void symmetric_update_panel(int64_t column,              // of panels
     const int64_t columns = min(min(kPanel<T>, i + kTileRows<T> - j), shape.n - j);
     const int vectors = static_cast<int>(ceil_div(columns, kLanes<T>));
     ahead.ask(kLinesPerTile);
-    update_tile<T, kStore>(vectors, depth, a, b, c + i * shape.ld() + j, shape.ld());
+    T* tile = c + i * shape.ld() + j;
+    if (depth >= kPrefetchedDepth) {
+      for (int64_t r = 0; r < kTileRows<T>; ++r) {
+        for (int v = 0; v < vectors; ++v) __builtin_prefetch(tile + r * shape.ld() + v * kLanes<T>, 1);
+      }
+    }
+    update_tile<T, kStore>(vectors, depth, a, b, tile, shape.ld());
   }
 }
 

@@ -1,9 +1,13 @@
+#include "amx.h"
 #include "kernels.h"
 
 // Must name the instruction sets that sources.cmake compiles, the widest first.
 #if defined(KFAC_FAST_BASELINE_ONLY)
 KFAC_FAST_DECLARE_KERNELS(baseline)
 #elif defined(__x86_64__)
+#if defined(KFAC_FAST_WITH_AMX)
+KFAC_FAST_DECLARE_KERNELS(amx)  // factor_update alone
+#endif
 KFAC_FAST_DECLARE_KERNELS(avx512)
 KFAC_FAST_DECLARE_KERNELS(avx2)
 KFAC_FAST_DECLARE_KERNELS(avx2x16)
@@ -37,6 +41,16 @@ std::vector<const OpTable*> runnable_tables() {
   const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(KFAC_FAST_WITH_AMX)
+  static const OpTable amx = [] {
+    OpTable table = KFAC_FAST_TABLE(avx512);
+    table.name = "amx";
+    table.factor_update_workspace = cpu::amx::factor_update_workspace;
+    table.factor_update = cpu::amx::factor_update;
+    return table;
+  }();
+  if (has_fma && has_512 && cpu::request_amx()) tables.push_back(&amx);
+#endif
   if (has_fma && has_512) tables.push_back(&avx512);
   if (has_fma) {
     tables.push_back(&avx2);

@@ -60,12 +60,18 @@ void test_rows(Tally& tally, const OpTable& table, const Options& options) {
       check_factor_update<T>(tally, table, cases, name, options.threads, layout % 2 == 1);
     }
   }
-  std::vector<RowsCase> long_rows, none;
+  std::vector<RowsCase> none;
   check_factor_update<T>(tally, table, none, "no blocks", options.threads, false);
-  long_rows.push_back(plain_rows(DType::f32, 5000, 30, true, 0, random));    // several segments, one thread each
-  long_rows.push_back(plain_rows(DType::f32, 4100, 100, false, 0, random));  // several segments, side by side
-  long_rows.push_back(plain_rows(DType::f32, 700, 260, true, 0, random));    // tiles side by side
-  check_factor_update<T>(tally, table, long_rows, "long rows", options.threads, true);
+  for (const DType element : {DType::f32, DType::bf16}) {
+    std::vector<RowsCase> long_rows;
+    long_rows.push_back(plain_rows(element, 5000, 30, true, 0, random));    // several segments, one thread each
+    long_rows.push_back(plain_rows(element, 4100, 100, false, 0, random));  // several segments, side by side
+    long_rows.push_back(plain_rows(element, 700, 260, true, 0, random));    // tiles side by side
+    long_rows.push_back(plain_rows(element, 300, 520, true, 1, random));
+    for (const bool weighted : {false, true}) {
+      check_factor_update<T>(tally, table, long_rows, "long rows", options.threads, weighted);
+    }
+  }
 }
 
 template <typename T>
