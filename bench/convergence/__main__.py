@@ -9,6 +9,7 @@ yet). Run nothing else beside the final runs: their seconds are part of the resu
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -82,7 +83,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/convergence"), help="where runs wait")
     parser.add_argument("--json", type=Path, default=Path("build/convergence.json"), help="where the results go")
     parser.add_argument("--pictures", type=Path, default=Path("build"), help="folder of the pictures")
+    parser.add_argument("--show", type=Path, help="train nothing, print the tables of a JSON file")
     options = parser.parse_args()
+    if options.show:
+        saved = json.loads(options.show.read_text())
+        for problem in (name for name in PROBLEMS if name in saved):
+            print(f"{PROBLEMS[problem].title}\n\n{table([Run(**run) for run in saved[problem]['runs']])}\n")
+        return
     folder = options.folder / f"budget-{options.budget:g}"
     deadline = time.monotonic() + options.piece
     complete = True

@@ -74,6 +74,7 @@ def table(runs: Sequence[Run], rival: str = "SGD-Nesterov") -> str:
         cells = [
             name,
             setting,
+            str(len(group)),
             str(group[0].finished),
             f"{mean([r.spent for r in timed(group)]):.1f}",
             spread,
