@@ -125,6 +125,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
         lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2, padding="same", padding_mode="circular"), nn.ELU(), nn.Conv1d(4, 2, 3, groups=2), nn.Flatten(), nn.Linear(2, 3)),
         (),
     ),
+    "positions": (lambda: nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)), ()),
     "residual": (Residual, ()),
     "hooked": (hooked, ()),
     "frozen start": (partly_frozen, ("0.weight", "0.bias")),
