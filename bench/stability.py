@@ -1,8 +1,8 @@
 """Where training stays stable: ``python -m bench.stability``, about ten minutes; maps and JSON.
 
 Over a grid of damping λ and learning rate: K-FAC fixed, with the KL clip, and adaptive (where λ is the first one and
-there is no rate); SGD with Nesterov momentum over momentum and rate. Tasks and methods may be run one at a time: what
-the JSON has of the others on this machine is kept, and the maps are drawn when nothing is missing.
+there is no rate); SGD with Nesterov momentum over momentum and rate. It may be stopped at any time and goes on where it
+was: what the JSON has of this machine and commit is not run again. The maps are drawn when nothing is missing.
 """
 
 from __future__ import annotations
@@ -211,14 +211,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def kept(path: Path) -> dict[tuple[str, str], list[Outcome]]:
-    """The outcomes in a file by task and method, if they are of this machine and commit."""
-    found: dict[tuple[str, str], list[Outcome]] = {}
+def kept(path: Path) -> dict[tuple[str, str, float, float | None], Outcome]:
+    """The outcomes in a file by task, method, damping and rate, if they are of this machine and commit."""
     saved = json.loads(path.read_text()) if path.exists() else {}
-    if saved.get("machine") == machine():
-        for entry in saved["outcomes"]:
-            found.setdefault((entry["task"], entry["method"]), []).append(Outcome(**entry))
-    return found
+    entries = saved["outcomes"] if saved.get("machine") == machine() else []
+    return {(e["task"], e["method"], e["damping"], e["rate"]): Outcome(**e) for e in entries}
 
 
 def main() -> None:
@@ -229,16 +226,25 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, action="append", help="default: all")
     options = parser.parse_args()
     found = kept(options.json)
+    everything = [
+        (task, method, damping, rate)
+        for task in TASKS
+        for method, (_, dampings, rates) in METHODS.items()
+        for damping in dampings
+        for rate in rates
+    ]
     for name in options.task or TASKS:
         task = TASKS[name]()
-        for method in options.method or METHODS:
-            _, dampings, rates = METHODS[method]
-            found[name, method] = [run(task, method, damping, rate) for damping in dampings for rate in rates]
-            print(f"{name}: {method} done", flush=True)
-    outcomes = [o for name in TASKS for method in METHODS for o in found.get((name, method), [])]
+        for key in everything:
+            _, method, damping, rate = key
+            if key[0] != name or key in found or (options.method and method not in options.method):
+                continue
+            found[key] = run(task, method, damping, rate)
+            outcomes = [found[key] for key in everything if key in found]
+            write_json(options.json, {"machine": machine(), "clip": CLIP, "outcomes": [asdict(o) for o in outcomes]})
+    outcomes = [found[key] for key in everything if key in found]
     print(table(outcomes))
-    write_json(options.json, {"machine": machine(), "clip": CLIP, "outcomes": [asdict(o) for o in outcomes]})
-    if len(found) == len(TASKS) * len(METHODS):
+    if len(found) == len(everything):
         options.picture.parent.mkdir(parents=True, exist_ok=True)
         draw(options.picture, [make() for make in TASKS.values()], outcomes)
 

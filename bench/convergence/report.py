@@ -76,7 +76,7 @@ def table(runs: Sequence[Run], rival: str = "SGD-Nesterov") -> str:
             setting,
             str(len(group)),
             str(group[0].finished),
-            f"{mean([r.spent for r in timed(group)]):.1f}",
+            f"{mean([r.spent for r in timed(group)]):.1f}" if timed(group) else "",
             spread,
             *to_goal,
         ]
