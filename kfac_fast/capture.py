@@ -184,9 +184,7 @@ class Capture:
         may_run_again = self._runs_again or bool(self._unknown)
         # Only to repeat the user's own pass must the random numbers be the same.
         around = Surroundings.now(self._devices, generators=self._fisher == "empirical" and may_run_again)
-        inputs = ModelInputs(args, kwargs, 0, around)
-        if may_run_again:
-            inputs = inputs.versioned()
+        inputs = ModelInputs(args, kwargs, 0, around).versioned()
         if self.on_trace is not None:
             with _extra_pass():
                 self.on_trace(self.own_pass.trace(inputs))
@@ -261,7 +259,8 @@ class Capture:
         if tape.notes and not tape.listens:
             source = GradientEdge(node, number)
             recomputed = unnoticed(self._model) if tape.recomputes else contextlib.nullcontext()
-            with _extra_pass(), recomputed, shards_as_before(self._sharded):
+            again = self._recorder.shown_again(tape, self._sender.meet)
+            with _extra_pass(), recomputed, shards_as_before(self._sharded), again:
                 self._sender.send(tape, source, outputs, gradient, counted)
         self._recorder.recomputing = tape if tape.hidden else None
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, tape, node, gradient, counted))
@@ -290,6 +289,10 @@ class Capture:
             self._seen |= shown
         else:
             self._seen |= tape.shown
+            if tape.missing:
+                self._recorder.kept |= tape.missing
+                with _extra_pass():
+                    self._seen |= self.own_pass.run(tape.inputs, gradient, counted, only=tape.missing)[1]
             if self._unknown:
                 self._unknown -= self._seen
                 self._fill_in(tape, gradient, counted)
@@ -319,7 +322,7 @@ class Capture:
             self._sink.drop()
 
     def _check_gradient(self, outputs: Tensor, gradient: Tensor) -> None:
-        if not gradient.numel() or not bool(gradient.isfinite().all()):
+        if not bool(gradient.any()) or not bool(gradient.isfinite().all()):
             return  # says nothing; the next one will
         self._checked_gradient = True
         fits = self.likelihood.gradient_fits(outputs, gradient)

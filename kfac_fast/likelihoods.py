@@ -120,7 +120,10 @@ class Likelihood(ABC):
         return None
 
     def gradient_fits(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
-        """Whether a loss gradient can come from this likelihood (a bool tensor on the device), None if unknown."""
+        """Whether a loss gradient can come from this likelihood (a bool tensor on the device), None if unknown.
+
+        It is asked once, about the first gradient, and may learn from it what the outputs alone leave open.
+        """
         return None
 
     def __repr__(self) -> str:
@@ -132,9 +135,9 @@ class Categorical(Likelihood):
 
     Args:
         class_dim: Which dimension holds the classes. None: the last of ``[N, C]`` and ``[N, S, C]``, dimension 1 of
-            ``[N, C, H, W]`` and ``[N, C, D, H, W]``, as language models and segmentation networks have them. The first
-            backward pass checks it: the gradient of a cross entropy sums to zero over the classes and over nothing
-            else.
+            ``[N, C, H, W]`` and ``[N, C, D, H, W]``, as language models and segmentation networks have them, unless the
+            first backward pass shows that it is another one: the gradient of a cross entropy sums to zero over the
+            classes and over nothing else. `loss` and `log_prob` also see it from the shape of the targets.
         ignore_index: Targets with this value are not loss terms in `loss`, as in ``F.cross_entropy``.
     """
 
@@ -143,12 +146,13 @@ class Categorical(Likelihood):
             raise TypeError(f"class_dim must be an integer or None, got {class_dim!r}")
         self.class_dim = class_dim
         self.ignore_index = ignore_index
+        self._learned: dict[int, int] = {}  # the dimension, by number of dimensions
 
     def dim(self, outputs: Tensor) -> int:
         """Which dimension of these outputs holds the classes."""
         if self.class_dim is not None:
             return self.class_dim % outputs.ndim
-        return outputs.ndim - 1 if outputs.ndim <= 3 else 1
+        return self._learned.get(outputs.ndim, outputs.ndim - 1 if outputs.ndim <= 3 else 1)
 
     def check(self, outputs: Tensor) -> None:
         super().check(outputs)
@@ -161,8 +165,13 @@ class Categorical(Likelihood):
                 "regression likelihood='gaussian', for classes elsewhere likelihood=Categorical(class_dim=…)"
             )
 
-    def _classes_second(self, outputs: Tensor) -> Tensor:
-        return outputs.movedim(self.dim(outputs), 1)
+    def _classes_second(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        dim = self.dim(outputs)
+        if targets is not None and self.class_dim is None:
+            shape = outputs.shape
+            fitting = [d for d in range(1, outputs.ndim) if shape[:d] + shape[d + 1 :] == targets.shape]
+            dim = fitting[0] if len(fitting) == 1 else dim
+        return outputs.movedim(dim, 1)
 
     def terms_shape(self, outputs: Tensor) -> torch.Size:
         dim = self.dim(outputs)
@@ -177,12 +186,11 @@ class Categorical(Likelihood):
         return per_term.unsqueeze(self.dim(probe))
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(
-            self._classes_second(outputs), targets, ignore_index=self.ignore_index, reduction="none"
-        )
+        logits = self._classes_second(outputs, targets)
+        return -F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="none")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self._classes_second(outputs), targets, ignore_index=self.ignore_index)
+        return F.cross_entropy(self._classes_second(outputs, targets), targets, ignore_index=self.ignore_index)
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         # argmax(log p + Gumbel noise): one pass, any shape, no flattening as torch.multinomial would need.
@@ -227,7 +235,17 @@ class Categorical(Likelihood):
         return Implied(-self.per_term(targets * outputs.log_softmax(dim)), possible)
 
     def gradient_fits(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
-        dim = self.dim(outputs)
+        fits = self._fits(outputs, gradient, self.dim(outputs))
+        if self.class_dim is None and not fits:
+            others = [d for d in range(1, outputs.ndim) if outputs.shape[d] > 1 and self._fits(outputs, gradient, d)]
+            if len(others) == 1:
+                self._learned[outputs.ndim] = others[0]
+                return ~fits
+        return fits
+
+    @staticmethod
+    def _fits(outputs: Tensor, gradient: Tensor, dim: int) -> Tensor:
+        """Whether a gradient may be that of a cross entropy over this dimension."""
         gradient = gradient.float()
         sums_to_zero = gradient.sum(dim).abs().sum() <= 0.05 * gradient.abs().sum()
         log_probabilities = outputs.detach().float().logsumexp(dim).abs().max() < 1e-2
@@ -237,8 +255,50 @@ class Categorical(Likelihood):
         return f"Categorical(class_dim={self.class_dim}, ignore_index={self.ignore_index})"
 
 
-class Bernoulli(Likelihood):
-    """Independent bits from logits: ``F.binary_cross_entropy_with_logits`` summed over the last dimension."""
+class _Vectors(Likelihood):
+    """Loss terms are output vectors. A gradient of exactly zero marks ignored ones only where that is asked for."""
+
+    def __init__(self, masked: bool = False) -> None:
+        if not isinstance(masked, bool):
+            raise TypeError(f"masked must be a bool, got {masked!r}")
+        self.masked = masked
+
+    def loss(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean negative log-likelihood over the loss terms, a scalar.
+
+        Args:
+            outputs: ``[N, …, d]``.
+            targets: ``[N, …, d]``; anything, NaN too, where the mask is False.
+            mask: ``[N, …]`` bool, which loss terms count; needs ``masked=True``. None: all. At least one has to.
+
+        Raises:
+            ValueError: A mask without ``masked=True``, or of another shape.
+        """
+        if mask is None:
+            return super().loss(outputs, targets)
+        if not self.masked:
+            raise ValueError(f"mask needs {type(self).__name__}(masked=True), so that K-FAC leaves these terms out too")
+        shape = tuple(self.terms_shape(outputs))
+        if mask.shape != shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool of shape {shape}, got {mask.dtype} of shape {tuple(mask.shape)}")
+        nll = -self.log_prob(outputs, targets.masked_fill(~mask.unsqueeze(-1), 0))
+        return nll.masked_fill(~mask, 0).sum() / mask.sum()
+
+    def counted(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        return (gradient != 0).any(-1) if self.masked else super().counted(outputs, gradient)
+
+
+class Bernoulli(_Vectors):
+    """Independent bits from logits: ``F.binary_cross_entropy_with_logits`` summed over the last dimension.
+
+    Args:
+        masked: Whether the loss may leave terms out, by `loss` with a mask or by a mask of your own that multiplies
+            them. A term with a gradient of exactly zero is then none, unless the model is certain of all its bits.
+    """
+
+    def counted(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        certain = (outputs.detach().abs() > 15).all(-1)  # of every bit; the gradient may have underflowed
+        return super().counted(outputs, gradient) | certain
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(-1)
@@ -270,7 +330,7 @@ class Bernoulli(Likelihood):
         return Implied(-self.log_prob(outputs, targets), possible)
 
 
-class Gaussian(Likelihood):
+class Gaussian(_Vectors):
     """A normal distribution around the outputs with known standard deviation.
 
     Its `loss` is ½|outputs − targets|²/σ² summed over the last dimension, mean over the rest; the constant is left out.
@@ -278,9 +338,12 @@ class Gaussian(Likelihood):
 
     Args:
         sigma: Standard deviation, > 0, in the units of the outputs.
+        masked: Whether the loss may leave terms out, by `loss` with a mask or by a mask of your own that multiplies
+            them. A term with a gradient of exactly zero is then none.
     """
 
-    def __init__(self, sigma: float = 1.0) -> None:
+    def __init__(self, sigma: float = 1.0, masked: bool = False) -> None:
+        super().__init__(masked)
         if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma > 0):
             raise ValueError(f"sigma must be > 0, got sigma={sigma}")
         self.sigma = float(sigma)
@@ -311,7 +374,7 @@ class Gaussian(Likelihood):
         return Implied(loss, torch.ones_like(loss, dtype=torch.bool))
 
     def __repr__(self) -> str:
-        return f"Gaussian(sigma={self.sigma:g})"
+        return f"Gaussian(sigma={self.sigma:g}{', masked=True' if self.masked else ''})"
 
 
 def _tolerance(outputs: Tensor) -> float:

@@ -77,6 +77,16 @@ class OwnPass:
             inputs, chosen = inputs.part(self._fraction, self.count)
         self.count += 1
         gradient, counted = gradient[chosen], counted[chosen]
+        shown, missing = self._once(inputs, gradient, counted, only)
+        if missing:
+            self._recorder.kept |= missing
+            shown |= self._once(inputs, gradient, counted, missing)[0]
+        return counted, shown
+
+    def _once(
+        self, inputs: ModelInputs, gradient: Tensor, counted: Tensor, only: Collection[int] | None
+    ) -> tuple[set[int], set[int]]:
+        """Layers that were called, and those of them whose inputs were lost."""
         tape = Tape(inputs, statistics=True, notes=True)
         # To the end, since a checkpoint runs parts of the model once more in the backward pass.
         with unnoticed(self._model), self._recorder.in_parts():
@@ -88,8 +98,10 @@ class OwnPass:
                     raise RuntimeError(REENTRANT)
             if only is not None:
                 tape.calls = [call for call in tape.calls if call.layer in only]
-            self._sender.send(tape, outputs, outputs.detach(), gradient, counted)
-        return counted, shown
+                tape.missing &= set(only)
+            with self._recorder.shown_again(tape, self._sender.meet):
+                self._sender.send(tape, outputs, outputs.detach(), gradient, counted)
+        return shown, tape.missing
 
     def trace(self, inputs: ModelInputs) -> Trace:
         """Runs the model to see how its layers feed each other."""

@@ -153,6 +153,12 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
 
 
+def saves_are_packed() -> bool | None:
+    """Whether someone packs what autograd saves, as non-reentrant checkpoints do; None where torch can't tell (2.6)."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(True) is not None
+
+
 def _eagerly() -> contextlib.AbstractContextManager[Any]:
     # A program that has compiled nothing has not imported the compiler, and needs no import of it here.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

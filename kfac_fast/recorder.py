@@ -8,20 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .hooks import Hook
+from .kept import as_kept
 from .layers import Inputs, Layer
+from .passes import saves_are_packed
 from .tape import Call, Tape
-
-
-def _saved_tensors_hooks() -> bool:
-    """Whether someone packs what autograd saves, as non-reentrant checkpoints do; yes where torch can't tell (2.6)."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None
 
 
 class _Here(threading.local):
@@ -55,6 +50,9 @@ class Recorder:
         self.here = _Here()
         # Of the backward pass that is under way, if layers ran unseen in its forward pass.
         self.recomputing: Tape | None = None
+        # Layers whose inputs are held inside checkpoints: that these do not show them again was found out once.
+        self.kept: set[int] = set()
+        self._again: tuple[dict[tuple[int, int], Call], Callable[[Call], None]] | None = None
 
     def register(self) -> list[RemovableHandle]:
         """Sets the hooks, before those of the user, which may change the output."""
@@ -82,22 +80,73 @@ class Recorder:
         if tape.trace is not None:
             tape.trace.note(index, next(iter((*args, *kwargs.values()))), output)
             return
-        if _saved_tensors_hooks():
-            tape.recomputes = True
-        inputs = self._layers[index].inputs(args, kwargs)
+        inputs = partial(self._layers[index].inputs, args, kwargs)
         if tape.listens:
+            tape.recomputes = tape.recomputes or saves_are_packed() is not False
             tape.user.uses.append((index, 0))
-            output.register_hook(partial(self._from_user, tape, index, inputs))
+            output.register_hook(partial(self._from_user, tape, index, as_kept(inputs(), output)))
         else:
-            tape.elements += output.numel()
-            tape.calls.append(Call(index, inputs, GradientEdge(node, output.output_nr)))
+            self._add(tape, index, 0, inputs, GradientEdge(node, output.output_nr), output)
 
     def _note(self, index: int, block: int, inputs: Tensor, output: Tensor) -> None:
         """`layers.Note` of a layer."""
         tape = self.here.tape
         if tape is not None and output.requires_grad:
-            tape.elements += output.numel()
-            tape.calls.append(Call(index, (inputs.detach(),), get_gradient_edge(output), block))
+            self._add(tape, index, block, lambda: (inputs.detach(),), get_gradient_edge(output), output)
+        elif tape is None:
+            self._show(index, block, lambda: (inputs.detach(),))
+
+    def _add(
+        self, tape: Tape, index: int, block: int, inputs: Callable[[], Inputs], edge: GradientEdge, output: Tensor
+    ) -> None:
+        """Adds a call to a tape, without its inputs where a checkpoint will show them again."""
+        packed = saves_are_packed()
+        tape.recomputes = tape.recomputes or packed is not False
+        if index in tape.missing:
+            return
+        awaits = packed is True and tape.packed is False and index not in self.kept
+        # Nothing would tell which of several calls a checkpoint shows.
+        if any(call.awaits or awaits for call in tape.calls if (call.layer, call.block) == (index, block)):
+            tape.lose(index)
+            return
+        tape.elements += output.numel()
+        tape.calls.append(Call(index, None if awaits else as_kept(inputs(), output), edge, block, awaits))
+
+    def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._show(index, 0, partial(self._layers[index].inputs, args, kwargs))
+
+    def _show(self, index: int, block: int, inputs: Callable[[], Inputs]) -> None:
+        """A checkpoint computes this again."""
+        awaited, meet = self._again or ({}, None)
+        call = awaited.get((index, block))
+        if meet is not None and call is not None and not call.served:
+            call.inputs = inputs()
+            meet(call)
+
+    @contextlib.contextmanager
+    def shown_again(self, tape: Tape, meet: Callable[[Call], None]) -> Iterator[None]:
+        """Inside, an extra pass, inputs that the tape awaits are looked for in what checkpoints compute.
+
+        The hooks run before the layers: a checkpoint stops as soon as it has all it needs.
+
+        Args:
+            tape: What the pass goes to.
+            meet: Called with a call whose inputs have come.
+        """
+        awaited = tape.awaited()
+        handles = [
+            module.register_forward_pre_hook(Hook(self, Recorder._before_layer, index), with_kwargs=True)
+            for index in {layer for layer, _ in awaited}
+            if self._layers[index].forward_in_parts(_note_nothing) is None
+            for module in self._layers[index].modules
+        ]
+        self._again = (awaited, meet) if awaited else None
+        try:
+            yield
+        finally:
+            self._again = None
+            for handle in handles:
+                handle.remove()
 
     @contextlib.contextmanager
     def onto(self, tape: Tape) -> Iterator[None]:

@@ -59,20 +59,44 @@ class Sender:
             tape.sent += 1
             below = []
             for call in tape.calls:
+                call.served = False
+            for call in tape.calls:
                 if call.edge is None:
                     self._add(call, sent, root)
                 else:
                     below.append(call)
-            if not below:
-                continue
-            if tape.elements <= ELEMENTS_AT_ONCE:
+            awaits = any(call.awaits for call in tape.calls)
+            if below and tape.elements <= ELEMENTS_AT_ONCE and not awaits:
                 self._collect(below, source, root, sent)
-            else:
+            elif below:
                 self._stream(below, source, root, sent)
+            if awaits:
+                self._give_up(tape, sent)
+
+    def meet(self, call: Call) -> None:
+        """The inputs of a call have come that were awaited."""
+        if call.waiting is not None:
+            sent, gradient = call.waiting
+            self._add(call, sent, gradient)
 
     def _add(self, call: Call, sent: Pass, gradient: Tensor | None) -> None:
-        if gradient is not None:  # None: the outputs do not depend on this call
-            self._sink.add_rows(call.layer, call.inputs, gradient, sent, call.block)
+        if gradient is None:  # the outputs do not depend on this call
+            return
+        if call.inputs is None:
+            call.waiting = sent, gradient
+            return
+        self._sink.add_rows(call.layer, call.inputs, gradient, sent, call.block)
+        if call.awaits:
+            call.inputs, call.waiting, call.served = None, None, True
+
+    def _give_up(self, tape: Tape, sent: Pass) -> None:
+        """After a pass: whose inputs have not come is lost, whose gradient has not come does not matter to it."""
+        for call in [call for call in tape.calls if call.awaits]:
+            waited, call.waiting, call.inputs = call.waiting is not None, None, None
+            if waited and not sent.first:
+                raise RuntimeError("a checkpoint did not compute the same layers in two backward passes")
+            if waited:
+                tape.lose(call.layer)
 
     def _collect(self, calls: list[Call], source: Tensor | GradientEdge, root: Tensor, sent: Pass) -> None:
         """All gradients at once: the least work per call."""

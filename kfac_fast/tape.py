@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from .chain import Trace
 from .layers import Inputs
-from .passes import ModelInputs
+from .passes import ModelInputs, saves_are_packed
 
 
 @dataclass(eq=False)
@@ -66,15 +66,21 @@ class Call:
 
     Attributes:
         layer: Its number.
-        inputs: What the layer's rows are made from.
+        inputs: What the layer's rows are made from; None until a checkpoint shows it, where ``awaits``.
         edge: Where the gradient of its output arrives; None: its gradient is the one that is sent.
         block: The first of the layer's blocks that the rows are for.
+        awaits: Whether the inputs are not kept but come when a checkpoint computes them again, once per gradient sent.
+        waiting: A gradient that came before the inputs, and the pass that brought it.
+        served: Whether the gradient that is being sent has met the inputs.
     """
 
     layer: int
-    inputs: Inputs
+    inputs: Inputs | None
     edge: GradientEdge | None
     block: int = 0
+    awaits: bool = False
+    waiting: tuple[Pass, Tensor] | None = None
+    served: bool = False
 
 
 @dataclass(eq=False)
@@ -90,6 +96,9 @@ class Tape:
         elements: Of all outputs in ``calls``.
         hidden: Calls of every layer without a graph: frozen in passing, or inside a reentrant checkpoint.
         recomputes: Whether a backward pass may run parts of the model again (non-reentrant checkpoints).
+        packed: Whether what autograd saves was packed already where the model was called, for instance by a checkpoint
+            around it: what that one shows again may be another call of the model. None: unknown.
+        missing: Layers whose inputs were not kept and were not shown again.
         user: The user's own backward pass, where it listens.
         sent: How many gradients were sent to the calls so far.
         counted: Loss terms that backward passes so far have counted; None before the first.
@@ -105,6 +114,8 @@ class Tape:
     elements: int = 0
     hidden: dict[int, int] = field(default_factory=dict)
     recomputes: bool = False
+    packed: bool | None = field(default_factory=saves_are_packed)
+    missing: set[int] = field(default_factory=set)
     user: Pass = field(default_factory=lambda: Pass([]))
     sent: int = 0
     counted: Tensor | None = None
@@ -115,6 +126,15 @@ class Tape:
     def shown(self) -> set[int]:
         """Layers whose calls were noted."""
         return {call.layer for call in self.calls} | {layer for layer, _ in self.user.uses}
+
+    def awaited(self) -> dict[tuple[int, int], Call]:
+        """The calls whose inputs are awaited, by layer and block."""
+        return {(call.layer, call.block): call for call in self.calls if call.awaits}
+
+    def lose(self, layer: int) -> None:
+        """Gives up a layer whose inputs nothing shows."""
+        self.missing.add(layer)
+        self.calls = [call for call in self.calls if call.layer != layer]
 
     def close(self) -> None:
         """Forgets the calls."""

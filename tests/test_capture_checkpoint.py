@@ -128,3 +128,97 @@ def test_layers_that_run_without_a_graph_are_not_taken_for_a_checkpoint(fraction
     half_square(model(x)).backward()
     pre.step()
     assert pre.factors.updates.tolist() == [0, 1, 0, 1]
+
+
+class Shapes(nn.Module):
+    """A network whose parts run inside checkpoints of several shapes, or without any."""
+
+    def __init__(self, shape: str) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed = nn.Linear(3, 4)
+        self.square = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.mix = nn.MultiheadAttention(4, 2, batch_first=True) if shape == "attention" else nn.Identity()
+        self.head = nn.Linear(4, 2)
+        self.checkpoints = True
+
+    def inside(self, x: Tensor) -> Tensor:
+        return self.norm(torch.tanh(self.square(x)))
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.inside(x) + self.mix(x, x, x, need_weights=False)[0]
+
+    def again(self, function, x: Tensor) -> Tensor:
+        return checkpoint(function, x, use_reentrant=False) if self.checkpoints else function(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.embed(x))
+        if self.shape == "twice in one":
+            x = self.again(lambda z: self.inside(self.inside(z)), x)
+        elif self.shape == "two":
+            x = self.again(self.inside, self.again(self.inside, x))
+        elif self.shape == "nested":
+            x = self.again(lambda z: torch.tanh(self.again(self.inside, z)), x)
+        elif self.shape == "alone":
+            x = self.again(self.square, x)
+        elif self.shape == "with the outputs":
+            return self.again(lambda z: self.head(self.inside(z)), x)
+        else:
+            x = self.again(self.attend if self.shape == "attention" else self.inside, x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("shape", "held"),
+    [
+        ("one", []),
+        ("with the outputs", []),
+        ("nested", []),
+        ("attention", []),
+        ("alone", ["square"]),
+        ("two", ["square", "norm"]),
+        ("twice in one", ["square", "norm"]),
+    ],
+)
+def test_inputs_that_a_checkpoint_shows_again(shape: str, held: list[str], fraction: float) -> None:
+    """The factors are those without checkpoints; inputs are held where they are not shown, which the first step tells."""
+    model = Shapes(shape).double()
+    plain = copy.deepcopy(model)
+    plain.checkpoints = False
+    found = []
+    for net in (model, plain):
+        pre = exact(net, factor_fraction=fraction)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            x = torch.randn(4, 3, 3, dtype=DOUBLE, generator=generator)
+            half_square(net(x)).backward()
+            pre.steps = 1  # the inverses do not matter here
+            pre.step()
+        found.append((pre.factors.running.data, *(tensor for part in pre.parts for tensor in part.state(0).values())))
+        names = {pre.layers[i].name for i in pre.capture._recorder.kept}
+        assert names == (set(held) if net is model else set())
+    for a, b in zip(*found, strict=True):
+        for one, other in zip(a, b, strict=True):
+            assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_a_checkpoint_that_runs_otherwise_the_second_time_is_noticed() -> None:
+    """Half of the layers are skipped in the second extra pass: nothing may be counted for one output only."""
+    model = Shapes("one").double()
+    pre = exact(model)
+    meet = pre.capture._sender.meet
+    passes: list[int] = []
+
+    def lose(call) -> None:
+        passes.append(call.layer)
+        if len(passes) > 2:
+            call.inputs = None
+            return
+        meet(call)
+
+    pre.capture._sender.meet = lose
+    with pytest.raises(RuntimeError, match="did not compute the same layers in two backward passes"):
+        half_square(model(torch.randn(4, 3, 3, dtype=DOUBLE))).backward()
+    pre.close()

@@ -9,6 +9,7 @@ import torch
 from recompute import half_square
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from kfac_fast import Preconditioner, factors, sender
 from kfac_fast.layers.linear import LinearLayer
@@ -32,6 +33,30 @@ def peak(function: Callable[[], object]) -> int:
 
 def deep() -> nn.Sequential:
     return nn.Sequential(*[m for _ in range(DEPTH) for m in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self:
+            x = checkpoint(part, x, use_reentrant=False)
+        return x
+
+
+def checkpointed(parts: int = 8) -> Checkpointed:
+    """`deep` in parts of which autograd keeps the inputs alone."""
+    layers = list(deep())
+    size = len(layers) // parts
+    return Checkpointed(*(nn.Sequential(*layers[i : i + size]) for i in range(0, len(layers), size)))
+
+
+class Mixed(nn.Sequential):
+    """Under autocast, with layers that get float32: autograd keeps what they cast it to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in self:
+                x = layer(x).float()
+        return x
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +83,21 @@ def extra_bytes(model: nn.Module, x: Tensor, **options) -> tuple[int, int]:
 @pytest.mark.parametrize("fisher", ["mc", "empirical"])
 def test_a_deep_network_needs_the_budget_and_no_more(fisher: str) -> None:
     plain, extra = extra_bytes(deep(), torch.randn(BATCH, WIDTH), fisher=fisher)
+    assert plain > DEPTH * ACTIVATION
+    assert extra < BUDGET + 4 * ACTIVATION
+
+
+@pytest.mark.parametrize("own_pass", [False, True])
+def test_inputs_inside_a_checkpoint_are_not_kept(own_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LinearLayer, "needs_own_pass", own_pass)
+    plain, extra = extra_bytes(checkpointed(), torch.randn(BATCH, WIDTH))
+    assert plain < 0.7 * DEPTH * ACTIVATION
+    assert extra < BUDGET + 4 * ACTIVATION
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_inputs_under_autocast_are_kept_as_autograd_keeps_them(fisher: str) -> None:
+    plain, extra = extra_bytes(Mixed(*deep()), torch.randn(BATCH, WIDTH), fisher=fisher)
     assert plain > DEPTH * ACTIVATION
     assert extra < BUDGET + 4 * ACTIVATION
 

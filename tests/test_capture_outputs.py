@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from recompute import DOUBLE, exact, half_square
+from recompute import DOUBLE, exact, half_square, moments
 from torch import Tensor, nn
 
-from kfac_fast import KFAC, Categorical, Likelihood, Preconditioner
+from kfac_fast import KFAC, Bernoulli, Categorical, Gaussian, Likelihood, Preconditioner
 
 
 def test_ignored_targets_are_not_loss_terms() -> None:
@@ -54,25 +54,92 @@ def test_class_dimension(class_dim: int | None, shape: tuple[int, ...]) -> None:
     assert torch.allclose(gradient.sum(dim), torch.zeros(()).double(), atol=1e-12)
 
 
-def test_classes_in_another_place_are_noticed() -> None:
-    class Channels(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 4)
+class Elsewhere(nn.Module):
+    """Logits with the classes in a given dimension of three or four."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x).transpose(1, 2)  # [N, C, S], which the rule takes for [N, S, C]
+    def __init__(self, dim: int, positions: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.dim, self.positions = dim, positions
 
-    x = torch.randn(2, 5, 3)
-    y = torch.randint(4, (2, 5))
-    model = Channels()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).unflatten(1, self.positions).movedim(-1, self.dim)
+
+
+@pytest.mark.parametrize(("dim", "positions"), [(1, (5,)), (2, (5,)), (1, (5, 1)), (3, (5, 2)), (2, (5, 2)), (1, (4,))])
+def test_the_place_of_the_classes_is_found_from_the_gradient(dim: int, positions: tuple[int, ...]) -> None:
+    model = Elsewhere(dim, positions).double()
+    size = torch.Size(positions).numel()
+    x, y = torch.randn(2, size, 3, dtype=DOUBLE), torch.randint(4, (2, *positions))
+    found = []
+    for options in ({}, {"likelihood": Categorical(class_dim=dim)}):
+        pre = exact(model, **{"likelihood": "categorical", **options})
+        F.cross_entropy(model(x).movedim(dim, 1), y).backward()
+        pre.step()
+        pre.close()
+        found.append(pre.factors.running.data.clone())
+    assert torch.equal(*found)
+    p = model(x).movedim(dim, -1).reshape(-1, 4).softmax(1)
+    expected = (torch.diag_embed(p) - torch.einsum("ni,nj->nij", p, p)).mean(0)
+    assert torch.allclose(pre.factors.running[1], expected)
+
+
+def test_a_loss_without_a_class_dimension_is_refused() -> None:
+    model = Elsewhere(2, (5,))
     pre = Preconditioner(model)
     with pytest.raises(ValueError, match=r"does not sum to zero over the classes.*class_dim"):
-        F.cross_entropy(model(x), y).backward()
+        model(torch.randn(2, 5, 3)).square().sum().backward()
     pre.close()
-    pre = Preconditioner(model, likelihood=Categorical(class_dim=1))
-    F.cross_entropy(model(x), y).backward()
+
+
+def test_the_place_of_the_classes_is_seen_from_the_targets() -> None:
+    z, likelihood = torch.randn(2, 4, 5), Categorical()  # [N, C, S], which the rule takes for [N, S, C]
+    y = torch.randint(4, (2, 5))
+    assert torch.equal(likelihood.loss(z, y), F.cross_entropy(z, y))
+    assert torch.equal(likelihood.log_prob(z, y), -F.cross_entropy(z, y, reduction="none"))
+    assert torch.equal(likelihood.loss(z.mT, y), F.cross_entropy(z, y))
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("kind", [Gaussian, Bernoulli])
+def test_masked_targets_are_not_loss_terms(kind: type[Gaussian] | type[Bernoulli], fraction: float) -> None:
+    """Padded sequences: A is a mean over all rows, M and G know nothing of the padding."""
+    model, likelihood = nn.Linear(3, 2).double(), kind(masked=True)
+    x, y = torch.randn(4, 5, 3, dtype=DOUBLE), torch.rand(4, 5, 2, dtype=DOUBLE)
+    mask = torch.rand(4, 5) < 0.6
+    mask[0] = False  # a whole sequence
+    y[~mask] = torch.nan
+    pre = exact(model, likelihood=likelihood, factor_fraction=fraction)
+    loss = likelihood.loss(model(x), y, mask)
+    loss.backward()
+    assert torch.allclose(loss, kind().loss(model(x)[mask], y[mask]))
+    assert all(p.grad.isfinite().all() for p in model.parameters())
     pre.step()
+    part = slice(None) if fraction == 1 else slice(pre.capture.own_pass.count - 1, None, 2)
+    x, mask = x[part], mask[part]
+    p = model(x).sigmoid()
+    fisher = torch.ones_like(p) if kind is Gaussian else p * (1 - p)
+    assert torch.allclose(pre.factors.running[1], fisher[mask].mean(0).diag())
+    assert torch.allclose(pre.factors.running[0], moments([x], bias=True))
+
+
+def test_masks_that_do_not_fit() -> None:
+    z, y = torch.randn(4, 2), torch.rand(4, 2)
+    with pytest.raises(ValueError, match=r"mask needs Gaussian\(masked=True\)"):
+        Gaussian().loss(z, y, torch.ones(4, dtype=torch.bool))
+    for mask in (torch.ones(4, 2, dtype=torch.bool), torch.ones(4)):
+        with pytest.raises(ValueError, match=r"mask must be bool of shape \(4,\)"):
+            Bernoulli(masked=True).loss(z, y, mask)
+    with pytest.raises(TypeError, match="masked must be a bool"):
+        Gaussian(masked=1)
+
+
+def test_a_vector_without_error_is_a_loss_term_unless_masks_are_expected() -> None:
+    model = nn.Linear(2, 2).double()
+    x = torch.randn(3, 2, dtype=DOUBLE)
+    y = model(x).detach() + torch.tensor([[0.0], [1.0], [1.0]])
+    for likelihood, terms in ((Gaussian(), 3), (Gaussian(masked=True), 2)):
+        assert int(likelihood.counted(model(x), model(x) - y).sum()) == terms
 
 
 def test_log_probabilities_are_accepted_as_logits() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfac_fast import Gaussian, Preconditioner
-from kfac_fast.layers import KroneckerLayer
+from kfac_fast.layers import Blocks, KroneckerLayer, PooledLinearLayer
 from kfac_fast.layers.base import registered
 from kfac_fast.ops import ConvRows
 
@@ -54,6 +54,70 @@ def check_gradients_from_rows(module: nn.Module, *args: Any, flip: bool = False)
         assert (bias is not None) == block.bias
         if bias is not None:
             assert torch.allclose(g.sum(0), bias, atol=1e-12)
+
+
+# ---- linear layers --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=4), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_linear_layers_take_any_leading_dimensions(lead: list[int], d_in: int, d_out: int, bias: bool) -> None:
+    module = nn.Linear(d_in, d_out, bias=bias).double()
+    check_gradients_from_rows(module, torch.randn(*lead, d_in, dtype=DOUBLE))
+
+
+class Averaged(nn.Module):
+    """A linear network that averages over positions between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).mean((1, 2)))
+
+
+def test_pooled_positions_are_exact_where_a_linear_network_averages_over_them() -> None:
+    model, x = Averaged().double(), torch.randn(5, 2, 3, 3, dtype=DOUBLE)
+    blocks = Blocks(classes={"first": PooledLinearLayer})
+    pre = Preconditioner(model, fisher="exact", likelihood="gaussian", blocks=blocks)
+    gather(pre, model, zero_loss, x)
+    for i, layer in enumerate(pre.layers):
+        (expected,) = exact_blocks(model, layer, x, root_gaussian)
+        assert torch.allclose(kronecker_block(pre, i), expected, atol=1e-12)
+    apart = Preconditioner(model, fisher="exact", likelihood="gaussian")
+    gather(apart, model, zero_loss, x)
+    assert not torch.allclose(kronecker_block(apart, 0), kronecker_block(pre, 0), rtol=0.1)
+
+
+# ---- convolutions ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    kernel, stride, dilation = (tuple(draw(st.integers(1, n)) for _ in range(dims)) for n in (3, 3, 2))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    sides = [r + draw(st.integers(0, 2)) for r in reach]
+    padding = draw(st.sampled_from(["same", "valid", None]))
+    if padding == "same":
+        stride = (1,) * dims
+    elif padding is None:
+        padding = tuple(draw(st.integers(0, min(2, side - 1))) for side in sides)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    module = kind(
+        groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2)), kernel, stride, padding, dilation, groups,
+        draw(st.booleans()), draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+    ).double()  # fmt: skip
+    batch = (draw(st.integers(1, 2)),) if draw(st.booleans()) else ()
+    return module, torch.randn(*batch, module.in_channels, *sides, dtype=DOUBLE)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@settings(max_examples=60, deadline=None)
+@given(convolutions())
+def test_gradients_of_convolutions(case: tuple[nn.Module, Tensor]) -> None:
+    check_gradients_from_rows(*case)
 
 
 # ---- transposed convolutions ----------------------------------------------------------------------------------------
@@ -117,10 +181,13 @@ def test_transposed_convolution_under_a_loss_per_position_is_exact(groups: int) 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transposed_convolution_agrees_with_backpack() -> None:
+def test_convolutions_agree_with_backpack() -> None:
     backpack = pytest.importorskip("backpack", reason="backpack-for-pytorch is a test extra")
     extensions = pytest.importorskip("backpack.extensions")
     for module, x in (
+        (nn.Conv1d(2, 3, 3, 2, 1), torch.randn(4, 2, 6)),
+        (nn.Conv2d(2, 3, 2, 1, 1, bias=False), torch.randn(4, 2, 3, 4)),
+        (nn.Conv3d(2, 3, 2, 1, 1), torch.randn(2, 2, 2, 3, 2)),
         (nn.ConvTranspose1d(2, 3, 2, 2, 1), torch.randn(4, 2, 5)),
         (nn.ConvTranspose2d(2, 3, 3, 2, 1), torch.randn(4, 2, 3, 4)),
         (nn.ConvTranspose3d(2, 2, 2, 1, 0, bias=False), torch.randn(2, 2, 2, 3, 2)),

@@ -21,6 +21,7 @@ from .base import (
     register,
 )  # fmt: skip
 from .discovery import Blocks, Found, discover
+from .linear import PooledLinearLayer
 
 __all__ = [
     "Block",
@@ -31,6 +32,7 @@ __all__ = [
     "KroneckerLayer",
     "Layer",
     "Note",
+    "PooledLinearLayer",
     "SquareSums",
     "UnitBlock",
     "UnitLayer",

@@ -24,6 +24,26 @@ class LinearLayer(WeightLayer):
         return self.module.out_features
 
 
+class PooledLinearLayer(LinearLayer):
+    """``nn.Linear`` on ``[N, …, d]`` with a row per example: the mean of a and the sum of g over its positions.
+
+    Eschenhagen et al. 2023 call it "reduce". It has fewer rows, and is exact where a linear network averages over the
+    positions; for a loss per position `LinearLayer` is. Chosen by name: ``Blocks(classes={"blocks.*":
+    PooledLinearLayer})``.
+    """
+
+    def input_rows(self, inputs: Tensor, *rest: Any) -> Tensor:
+        return _by_position(inputs).mean(1)
+
+    def output_rows(self, gradient: Tensor, *inputs: Any) -> Tensor:
+        return _by_position(gradient).sum(1)
+
+
+def _by_position(x: Tensor) -> Tensor:
+    """``[N, …, d]`` as ``[N, S, d]``."""
+    return x.flatten(1, -2) if x.ndim > 2 else x.reshape(-1, 1, x.shape[-1])
+
+
 @register
 class BilinearLayer(WeightLayer):
     """``nn.Bilinear``: linear in the outer product of its two inputs, whose entries are the inputs of the block."""

@@ -1,0 +1,257 @@
+"""``python -m bench.convergence.models``: how many updates K-FAC and a tuned rival need, on a transformer and a ResNet.
+
+Everybody is tuned on a grid of the same size with a seed of its own; the best setting is run with three seeds. All have
+the same schedule over their own number of updates, and K-FAC has half as many. Finished runs wait in a folder: it may
+be stopped at any time and goes on where it was; ``--piece`` stops it after some seconds (exit status 3: not done yet).
+Updates are compared, not seconds, so other work may run beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from examples.models.resnet import ResNet20
+from examples.models.tasks import CONTEXT, image_batch, per_character, source_text, text_batch
+from examples.models.transformer import CharTransformer
+from kfac_fast import KFAC
+
+from ..harness import machine
+from .contenders import Contender, Setting, Trainer
+from .report import by_contender, first_at, mean
+from .training import Run, write_json
+
+BATCH = 128
+MEASURED, MEASURED_EVERY = 256, 10  # training examples, always the same ones; updates
+TUNING_SEED, SEEDS = 100, (0, 1, 2)
+WARM_UP = 0.05  # of the updates; a cosine down to zero follows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model with its data, and who trains it: first the rival, then K-FAC."""
+
+    name: str
+    title: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    contenders: tuple[Contender, Contender]
+
+
+class Scheduled(Trainer):
+    """One optimizer under the schedule that everybody has."""
+
+    def __init__(self, optimizer: Optimizer, updates: int) -> None:
+        super().__init__(optimizer)
+        self.highest = [group["lr"] for group in optimizer.param_groups]
+        self.updates = updates
+
+    def update(self, k: int, closure: Callable[[], Tensor], evaluate: Callable[[], Tensor]) -> None:
+        warm_up = WARM_UP * self.updates
+        done = max(0.0, k - warm_up) / (self.updates - warm_up)
+        share = min(1.0, k / warm_up) * (1 + math.cos(math.pi * done)) / 2
+        for group, lr in zip(self.optimizers[0].param_groups, self.highest, strict=True):
+            group["lr"] = lr * share
+        super().update(k, closure, evaluate)
+
+
+def adamw(model: nn.Module, setting: Setting, updates: int) -> Trainer:
+    betas = (0.9, setting["beta2"])
+    return Scheduled(AdamW(model.parameters(), lr=setting["lr"], betas=betas, weight_decay=0.01), updates)
+
+
+def nesterov(model: nn.Module, setting: Setting, updates: int) -> Trainer:
+    return Scheduled(SGD(model.parameters(), **setting, nesterov=True), updates)
+
+
+def kfac(model: nn.Module, setting: Setting, updates: int) -> Trainer:
+    return Scheduled(KFAC(model, **setting, factor_fraction=1 / 4), updates)
+
+
+def grid(**values: tuple[float, ...]) -> tuple[Setting, ...]:
+    return tuple(dict(zip(values, each, strict=True)) for each in product(*values.values()))
+
+
+@functools.cache
+def scattered() -> tuple[Tensor, Tensor]:
+    """8,192 handwritten digits under noise, each somewhere in 16×16 pixels, and their classes."""
+    generator = torch.Generator().manual_seed(1)
+    digits, classes = image_batch(8192, generator)
+    images = 0.3 * torch.randn(len(digits), 1, 16, 16, generator=generator)
+    corners = torch.randint(9, (len(digits), 2), generator=generator)
+    for image, digit, (row, column) in zip(images, digits, corners.tolist(), strict=True):
+        image[:, row : row + 8, column : column + 8] += digit
+    return images, classes
+
+
+def scattered_batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    images, classes = scattered()
+    chosen = torch.randint(len(images), (size,), generator=generator)
+    return images[chosen], classes[chosen]
+
+
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem(
+            "transformer",
+            "Character-level transformer of 4 layers, Python source text",
+            lambda: CharTransformer(source_text()[1], CONTEXT),
+            text_batch,
+            per_character,
+            (
+                Contender("AdamW", adamw, 300, grid(lr=(0.001, 0.002, 0.004, 0.008), beta2=(0.99, 0.999))),
+                Contender("K-FAC", kfac, 150, grid(lr=(0.1, 0.3), damping=(0.003, 0.03), kl_clip=(0.001, 0.01))),
+            ),
+        ),
+        Problem(
+            "resnet",
+            "ResNet-20 with BatchNorm, width 8, digits scattered over 16×16 pixels",
+            lambda: ResNet20(channels=1, width=8),
+            scattered_batch,
+            F.cross_entropy,
+            (
+                Contender("SGD-Nesterov", nesterov, 300, grid(lr=(0.03, 0.1, 0.3, 1.0), momentum=(0.9, 0.95))),
+                Contender("K-FAC", kfac, 150, grid(lr=(0.1, 0.3), damping=(0.003, 0.03), kl_clip=(0.001, 0.01))),
+            ),
+        ),
+    )
+}
+
+
+def train(problem: Problem, contender: Contender, setting: Setting, seed: int) -> Run:
+    """One run. The seed is that of the weights and of the batches; the examples for the loss are the same for all."""
+    torch.manual_seed(seed)
+    model = problem.model()
+    trainer = contender.make(model, setting, contender.updates)
+    generator = torch.Generator().manual_seed(seed)
+    fixed = problem.batch(MEASURED, torch.Generator().manual_seed(2**31))
+    run = Run(problem.name, contender.name, setting, seed, torch.get_num_threads())
+    for k in range(contender.updates + 1):
+        if k:
+            x, y = problem.batch(BATCH, generator)
+
+            def evaluate(x: Tensor = x, y: Tensor = y) -> Tensor:
+                return problem.loss(model(x), y)
+
+            def closure(evaluate: Callable[[], Tensor] = evaluate) -> Tensor:
+                model.zero_grad()
+                loss = evaluate()
+                loss.backward()
+                return loss
+
+            trainer.update(k, closure, evaluate)
+        run.finished = k
+        if k % MEASURED_EVERY == 0 or k == contender.updates:
+            loss = measure(model, problem, *fixed)
+            if not math.isfinite(loss):
+                run.diverged = True
+                break
+            run.updates.append(k)
+            run.seconds.append(0.0)
+            run.loss.append(loss)
+    return run
+
+
+@torch.no_grad()
+def measure(model: nn.Module, problem: Problem, x: Tensor, y: Tensor) -> float:
+    """The loss as in training, with the batch's own statistics, and no trace left in the running ones."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loss = problem.loss(model(x), y).item()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
+    return loss
+
+
+def finished(problem: Problem, contender: Contender, setting: Setting, seed: int, folder: Path, until: float) -> Run:
+    """The run from its file, or trained now.
+
+    Raises:
+        TimeoutError: It would have to be trained, and ``time.monotonic()`` is beyond ``until``.
+    """
+    described = "".join(f"-{key}{value:g}" for key, value in setting.items())
+    path = folder / f"{problem.name}-{contender.name}-{contender.updates}{described}-seed{seed}.json"
+    if path.exists():
+        return Run(**json.loads(path.read_text()))
+    if time.monotonic() > until:
+        raise TimeoutError
+    run = train(problem, contender, setting, seed)
+    write_json(path, asdict(run))
+    print(f"{path.stem}: {run.final:.4f}", flush=True)
+    return run
+
+
+def table(results: dict[str, Any]) -> str:
+    """How soon K-FAC is where the rival ends: means over seeds, and the range of the final losses."""
+    lines = [
+        "| model | optimizer | settings tried | best | updates | final training loss | updates to the rival's loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in PROBLEMS:
+        groups = by_contender([Run(**run) for run in results[name]["runs"]])
+        tried = by_contender([Run(**run) for run in results[name]["tuning"]])
+        rival, *_ = groups.values()
+        goal, updates = mean([run.final for run in rival]), rival[0].finished
+        for contender, runs in groups.items():
+            finals = [run.final for run in runs]
+            reached = [first_at(run, goal) for run in runs]
+            soon = mean([each[0] if each else math.inf for each in reached])
+            lines.append(
+                f"| {name} | {contender} | {len(tried[contender])} | "
+                + ", ".join(f"{key} {value:g}" for key, value in runs[0].setting.items())
+                + f" | {runs[0].finished} | {mean(finals):.4f} ({min(finals):.4f}–{max(finals):.4f}) | "
+                + ("" if runs is rival else "never" if math.isinf(soon) else f"{soon:.0f} (1/{updates / soon:.1f})")
+                + " |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.convergence.models", description=__doc__.split("\n")[0])
+    parser.add_argument("--problem", choices=PROBLEMS, action="append", help="default: all")
+    parser.add_argument("--piece", type=float, default=float("inf"), help="start no run after about this many seconds")
+    parser.add_argument("--folder", type=Path, default=Path("build/convergence-models"), help="where runs wait")
+    parser.add_argument("--json", type=Path, default=Path("build/convergence-models.json"), help="where results go")
+    parser.add_argument("--show", type=Path, help="train nothing, print the table of these results")
+    options = parser.parse_args()
+    if options.show:
+        print(table(json.loads(options.show.read_text())))
+        return
+    until = time.monotonic() + options.piece
+    results: dict[str, Any] = {"machine": machine(), "seeds": SEEDS, "tuning_seed": TUNING_SEED, "batch": BATCH}
+    try:
+        for name in options.problem or PROBLEMS:
+            problem = PROBLEMS[name]
+            tuning: list[Run] = []
+            runs: list[Run] = []
+            for contender in problem.contenders:
+                do = functools.partial(finished, problem, contender, folder=options.folder, until=until)
+                tried = [do(setting, TUNING_SEED) for setting in contender.grid]
+                best = min(tried, key=lambda run: run.final).setting
+                tuning += tried
+                runs += [do(best, seed) for seed in SEEDS]
+            results[name] = {"runs": [asdict(run) for run in runs], "tuning": [asdict(run) for run in tuning]}
+    except TimeoutError:
+        sys.exit(3)
+    if set(PROBLEMS) <= set(results):
+        write_json(options.json, results)
+        print(table(results))
+
+
+if __name__ == "__main__":
+    main()
