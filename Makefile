@@ -23,10 +23,10 @@ TOOLS_STAMP := $(VENV)/.tools-$(call hash,$(TORCH))
 BUILD_STAMP := $(VENV)/.built-$(call hash,$(TORCH) $(KFAC_FAST_CUDA) $(CUDAARCHS))
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find csrc -type f)
 
-.PHONY: help demo test test-full gpu bench convergence stability docs wheel sdist lint format clean
+.PHONY: help demo test test-full gpu bench convergence convergence-models stability docs wheel sdist lint format clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(BUILD_STAMP) ## K-FAC beside Nesterov, AdaGrad and Adam, with pictures
 	$(BIN)/python -m examples.demo
@@ -45,6 +45,9 @@ bench: $(BUILD_STAMP) ## benchmarks, under ten minutes, in bench/results as figu
 
 convergence: $(BUILD_STAMP) ## the paper's comparison, about an hour; stopped, it goes on where it was
 	$(BIN)/python -m bench.convergence --json bench/results/convergence.json --pictures docs/images
+
+convergence-models: $(BUILD_STAMP) ## updates that a transformer and a ResNet need, about 15 minutes; goes on where it was
+	$(BIN)/python -m bench.convergence.models --json bench/results/convergence-models.json
 
 stability: $(BUILD_STAMP) ## where training is stable: maps over damping and learning rate, about ten minutes
 	$(BIN)/python -m bench.stability --json bench/results/stability.json --picture docs/images/stability.png

@@ -105,8 +105,9 @@ class Recorder:
         if index in tape.missing:
             return
         awaits = packed is True and tape.packed is False and index not in self.kept
-        # Nothing would tell which of several calls a checkpoint shows.
-        if any(call.awaits or awaits for call in tape.calls if (call.layer, call.block) == (index, block)):
+        before = tape.awaits.get((index, block))
+        tape.awaits[index, block] = awaits
+        if before is not None and (before or awaits):  # nothing would tell which of the calls a checkpoint shows
             tape.lose(index)
             return
         tape.elements += output.numel()

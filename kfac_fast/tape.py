@@ -98,6 +98,7 @@ class Tape:
         recomputes: Whether a backward pass may run parts of the model again (non-reentrant checkpoints).
         packed: Whether what autograd saves was packed already where the model was called, for instance by a checkpoint
             around it: what that one shows again may be another call of the model. None: unknown.
+        awaits: Whether the last call of a layer and block awaits its inputs, by both.
         missing: Layers whose inputs were not kept and were not shown again.
         user: The user's own backward pass, where it listens.
         sent: How many gradients were sent to the calls so far.
@@ -115,6 +116,7 @@ class Tape:
     hidden: dict[int, int] = field(default_factory=dict)
     recomputes: bool = False
     packed: bool | None = field(default_factory=saves_are_packed)
+    awaits: dict[tuple[int, int], bool] = field(default_factory=dict)
     missing: set[int] = field(default_factory=set)
     user: Pass = field(default_factory=lambda: Pass([]))
     sent: int = 0

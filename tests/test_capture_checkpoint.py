@@ -147,12 +147,14 @@ class Shapes(nn.Module):
         return self.norm(torch.tanh(self.square(x)))
 
     def attend(self, x: Tensor) -> Tensor:
-        return self.inside(x) + self.mix(x, x, x, need_weights=False)[0]
+        return torch.tanh(self.inside(x) + self.mix(x, x, x, need_weights=False)[0])
 
     def again(self, function, x: Tensor) -> Tensor:
         return checkpoint(function, x, use_reentrant=False) if self.checkpoints else function(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.shape == "the lowest alone":
+            return self.head(torch.tanh(self.again(self.embed, x)))
         x = torch.tanh(self.embed(x))
         if self.shape == "twice in one":
             x = self.again(lambda z: self.inside(self.inside(z)), x)
@@ -177,7 +179,8 @@ class Shapes(nn.Module):
         ("with the outputs", []),
         ("nested", []),
         ("attention", []),
-        ("alone", ["square"]),
+        ("alone", []),
+        ("the lowest alone", ["embed"]),
         ("two", ["square", "norm"]),
         ("twice in one", ["square", "norm"]),
     ],

@@ -1,9 +1,9 @@
 """``python -m bench.convergence.models``: how many updates K-FAC and a tuned rival need, on a transformer and a ResNet.
 
-Everybody is tuned on a grid of the same size with a seed of its own; the best setting is run with three seeds. All have
-the same schedule over their own number of updates, and K-FAC has half as many. Finished runs wait in a folder: it may
-be stopped at any time and goes on where it was; ``--piece`` stops it after some seconds (exit status 3: not done yet).
-Updates are compared, not seconds, so other work may run beside.
+Everybody is tuned on as many settings, with a seed of its own; the best one is run with three seeds. All have the same
+schedule over their own number of updates, and K-FAC has half as many. Finished runs wait in a folder: it may be stopped
+at any time and goes on where it was; ``--piece`` stops it after some seconds (exit status 3: not done yet). Updates are
+compared, not seconds, so other work may run beside.
 """
 
 from __future__ import annotations
@@ -115,8 +115,16 @@ PROBLEMS = {
             text_batch,
             per_character,
             (
-                Contender("AdamW", adamw, 300, grid(lr=(0.001, 0.002, 0.004, 0.008), beta2=(0.99, 0.999))),
-                Contender("K-FAC", kfac, 150, grid(lr=(0.1, 0.3), damping=(0.003, 0.03), kl_clip=(0.001, 0.01))),
+                Contender("AdamW", adamw, 300, grid(lr=(0.002, 0.004, 0.008, 0.016), beta2=(0.99, 0.999))),
+                Contender(
+                    "K-FAC",
+                    kfac,
+                    150,
+                    grid(lr=(0.1, 0.3, 0.6), damping=(0.003,), kl_clip=(0.001,))
+                    + grid(lr=(0.3,), damping=(0.003,), kl_clip=(0.003, 0.01))
+                    + grid(lr=(0.1, 0.3), damping=(0.03,), kl_clip=(0.01,))
+                    + grid(lr=(0.3,), damping=(0.001,), kl_clip=(0.001,)),
+                ),
             ),
         ),
         Problem(
