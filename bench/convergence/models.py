@@ -1,9 +1,9 @@
 """``python -m bench.convergence.models``: how many updates K-FAC and a tuned rival need, on a transformer and a ResNet.
 
 Everybody is tuned on as many settings, with a seed of its own; the best one is run with three seeds. All have the same
-schedule over their own number of updates, and K-FAC has half as many. Finished runs wait in a folder: it may be stopped
-at any time and goes on where it was; ``--piece`` stops it after some seconds (exit status 3: not done yet). Updates are
-compared, not seconds, so other work may run beside.
+schedule over their own number of updates, and K-FAC has half as many. Runs wait in a folder and go on where they were;
+``--piece`` stops them after some seconds (exit status 3: not done yet). Updates are compared, not seconds, so other work
+may run beside.
 """
 
 from __future__ import annotations
@@ -142,15 +142,32 @@ PROBLEMS = {
 }
 
 
-def train(problem: Problem, contender: Contender, setting: Setting, seed: int) -> Run:
-    """One run. The seed is that of the weights and of the batches; the examples for the loss are the same for all."""
+def train(problem: Problem, contender: Contender, setting: Setting, seed: int, waiting: Path, until: float) -> Run:
+    """One run. The seed is that of the weights and of the batches; the examples for the loss are the same for all.
+
+    Raises:
+        TimeoutError: ``time.monotonic()`` is beyond ``until``; what has been done waits in a file.
+    """
     torch.manual_seed(seed)
     model = problem.model()
     trainer = contender.make(model, setting, contender.updates)
     generator = torch.Generator().manual_seed(seed)
     fixed = problem.batch(MEASURED, torch.Generator().manual_seed(2**31))
     run = Run(problem.name, contender.name, setting, seed, torch.get_num_threads())
-    for k in range(contender.updates + 1):
+    first = 0
+    if waiting.exists():
+        stored = torch.load(waiting, weights_only=True)
+        run = Run(**stored["run"])
+        model.load_state_dict(stored["model"])
+        trainer.load_state_dict(stored["trainer"])
+        generator.set_state(stored["generator"])
+        first = run.finished + 1
+    for k in range(first, contender.updates + 1):
+        if k > first and time.monotonic() > until:
+            waiting.parent.mkdir(parents=True, exist_ok=True)
+            state = {"model": model.state_dict(), "trainer": trainer.state_dict(), "generator": generator.get_state()}
+            torch.save({"run": asdict(run), **state}, waiting)
+            raise TimeoutError
         if k:
             x, y = problem.batch(BATCH, generator)
 
@@ -173,6 +190,7 @@ def train(problem: Problem, contender: Contender, setting: Setting, seed: int) -
             run.updates.append(k)
             run.seconds.append(0.0)
             run.loss.append(loss)
+    waiting.unlink(missing_ok=True)
     return run
 
 
@@ -190,15 +208,13 @@ def finished(problem: Problem, contender: Contender, setting: Setting, seed: int
     """The run from its file, or trained now.
 
     Raises:
-        TimeoutError: It would have to be trained, and ``time.monotonic()`` is beyond ``until``.
+        TimeoutError: It is not finished, and ``time.monotonic()`` is beyond ``until``.
     """
     described = "".join(f"-{key}{value:g}" for key, value in setting.items())
     path = folder / f"{problem.name}-{contender.name}-{contender.updates}{described}-seed{seed}.json"
     if path.exists():
         return Run(**json.loads(path.read_text()))
-    if time.monotonic() > until:
-        raise TimeoutError
-    run = train(problem, contender, setting, seed)
+    run = train(problem, contender, setting, seed, path.with_suffix(".pt"), until)
     write_json(path, asdict(run))
     print(f"{path.stem}: {run.final:.4f}", flush=True)
     return run
@@ -232,7 +248,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.convergence.models", description=__doc__.split("\n")[0])
     parser.add_argument("--problem", choices=PROBLEMS, action="append", help="default: all")
-    parser.add_argument("--piece", type=float, default=float("inf"), help="start no run after about this many seconds")
+    parser.add_argument("--piece", type=float, default=float("inf"), help="stop after about this many seconds")
     parser.add_argument("--folder", type=Path, default=Path("build/convergence-models"), help="where runs wait")
     parser.add_argument("--json", type=Path, default=Path("build/convergence-models.json"), help="where results go")
     parser.add_argument("--show", type=Path, help="train nothing, print the table of these results")
