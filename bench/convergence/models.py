@@ -2,8 +2,8 @@
 
 Everybody is tuned on as many settings, with a seed of its own; the best one is run with three seeds. All have the same
 schedule over their own number of updates, and K-FAC has half as many. Runs wait in a folder and go on where they were;
-``--piece`` stops them after some seconds (exit status 3: not done yet). Updates are compared, not seconds, so other work
-may run beside.
+``--piece`` stops them after some seconds (exit status 3: not done yet). Updates are compared, not seconds, so other
+work may run beside.
 """
 
 from __future__ import annotations
