@@ -14,8 +14,9 @@
 
 namespace kfac_fast {
 
-// Element types. Values are part of the binding's interface (kfac_fast/ops/native.py).
-enum class DType : int32_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+// Element types. Values are part of the binding's interface (kfac_fast/ops/native.py). tf32, in FactorUpdate only, is
+// f32 with the permission to multiply float32 rows as TF32 numbers, of 11 bits; kernels may ignore it.
+enum class DType : int32_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3, tf32 = 4 };
 
 enum class PaddingMode : int32_t { zeros = 0, reflect = 1, replicate = 2, circular = 3 };
 
@@ -48,7 +49,7 @@ struct Rows {
 // f64 rows are accumulated in f64, all others in f32 (the dtype of the factors says which).
 struct FactorUpdate {
   const Plan& plan;
-  DType dtype;         // f32 or f64: factors, decay, scale, trace, weights
+  DType dtype;         // f32, tf32 or f64: factors, decay, scale, trace, weights
   void* factors;       // [plan.numel()]
   const Rows* rows;    // [host] [b]
   const void* decay;   // [b]

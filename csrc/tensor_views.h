@@ -20,6 +20,7 @@ inline int64_t element_size(DType dtype) {
     case DType::f64:
       return 8;
     case DType::f32:
+    case DType::tf32:
       return 4;
     default:
       return 2;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import BACKENDS, Simulator, cpu_table
 from torch import Tensor
 
 from kfac_fast import BlockDiagonal, ConvRows, ops
@@ -95,3 +95,30 @@ def test_backends_are_all_there() -> None:
         "neon",
         "simulated-cuda",
     } <= set(BACKENDS)
+
+
+def test_float32_rows_are_multiplied_as_tf32_only_where_torch_allows_it(simulator: Simulator) -> None:
+    """By the CUDA kernels; a processor has no TF32."""
+    x = torch.randn(300, 70)
+
+    def update() -> Tensor:
+        factors = BlockDiagonal.zeros([70])
+        ops.factor_update_(factors, [x], 0.0, 1.0)
+        return factors[0].double()
+
+    def on_cuda() -> Tensor:
+        with cpu_table(simulator.table):
+            return update()
+
+    before, exact = (update(), on_cuda()), x.double().T @ x.double()
+    cut = (x.view(torch.int32) & ~0x1FFF).view(torch.float32).double()  # the bits that TF32 keeps
+    tolerance = 2e-6 * (x.double().abs().T @ x.double().abs())
+    torch.set_float32_matmul_precision("high")
+    try:
+        after = update(), on_cuda()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(((found - exact).abs() <= tolerance).all() for found in before)
+    assert torch.equal(before[0], after[0])
+    assert ((after[1] - cut.T @ cut).abs() <= tolerance).all()
+    assert ((after[1] - exact).abs() > 10 * tolerance).any()

@@ -89,6 +89,7 @@ template <typename Body>
 inline void with_element(DType dtype, Body&& body) {
   switch (dtype) {
     case DType::f32:
+    case DType::tf32:
       return body(float{});
     case DType::f64:
       return body(double{});

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kRes
 }
 
 // How a block's partial products are computed: by FMA, or on tensor cores from operands of this kind.
-enum Kind : int { kFma, kTf32, kHalf, kBfloat16, kKinds };
+enum Kind : int { kFma, kThreeTf32, kTf32, kHalf, kBfloat16, kKinds };
 
 constexpr int kSides[] = {128, 64, 32};
 constexpr int kClasses = kKinds * 3;  // a kind and a tile size each
@@ -69,9 +69,13 @@ struct Layout {
   }
 
   // 16-bit rows are multiplied as they are, exactly. Weights make them numbers that 16 bits don't hold.
-  static Kind kind(const Rows& rows, int capability) {
+  // float32 rows lose digits only by permission, and only where that is faster.
+  static Kind kind(const Rows& rows, DType factors, int capability) {
     if (sizeof(T) > 4 || capability < 80) return kFma;
-    if (rows.dtype == DType::f32) return three_tf32_products_pay(capability) ? kTf32 : kFma;
+    if (rows.dtype == DType::f32) {
+      if (!three_tf32_products_pay(capability)) return kFma;
+      return factors == DType::tf32 ? kTf32 : kThreeTf32;
+    }
     if (rows.weights != nullptr) return kFma;
     return rows.dtype == DType::f16 ? kHalf : kBfloat16;
   }
@@ -102,7 +106,8 @@ struct Layout {
       int32_t items = 0;
       for (const int32_t block : op.plan.by_decreasing_size()) {
         const Rows& rows = op.rows[block];
-        if (kind(rows, capability) != c / 3 || side(op.plan.size(block), Kind{c / 3}) != kSides[c % 3]) continue;
+        if (kind(rows, op.dtype, capability) != c / 3 || side(op.plan.size(block), Kind{c / 3}) != kSides[c % 3])
+          continue;
         RowsEntry entry = make_entry(op, block, kSides[c % 3], partial_numel);
         if (entry.chunks > 1) {
           partial_numel += static_cast<int64_t>(entry.chunks) * lower_pairs(entry.tiles) * entry.side * entry.side;
@@ -178,6 +183,8 @@ cudaError_t launch_mma(const Layout<float>& layout, int c, const FinishArguments
     case kBfloat16:
       return launch_products<MmaTile<__nv_bfloat16, kSide>>(factor_update_mma_kernel<__nv_bfloat16, kSide>, layout, c,
                                                             finish, ctx);
+    case kTf32:
+      return launch_products<MmaTile<Tf32, kSide>>(factor_update_mma_kernel<Tf32, kSide>, layout, c, finish, ctx);
     default:
       return launch_products<MmaTile<float, kSide>>(factor_update_mma_kernel<float, kSide>, layout, c, finish, ctx);
   }

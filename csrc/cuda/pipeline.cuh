@@ -2,6 +2,8 @@
 // 8.0 on). The counterpart of tile.cuh's multiply().
 #pragma once
 
+#include <type_traits>
+
 #include "mma.cuh"
 
 namespace kfac_fast {
@@ -25,23 +27,24 @@ struct MmaTile {
   static constexpr size_t kSharedBytes = sizeof(E) * 2 * kStages * kStage;
 };
 
-// Single precision from three products of tf32 numbers: x = high + low with 11 bits each, and low low is dropped.
-// Fragments are summed up for one stage only, then added by ordinary additions: tensor cores cut the sum off instead of
-// rounding it, which over thousands of rows would be a bias.
+// Of float, single precision from three products of tf32 numbers: x = high + low with 11 bits each, and low low is
+// dropped. Fragments are summed up for one stage only, then added by ordinary additions: tensor cores cut the sum off
+// instead of rounding it, which over thousands of rows would be a bias. Of Tf32, high high alone, summed up as it is.
 template <typename E>
 struct Fragments {
-  static constexpr bool kFlush = true;
+  static constexpr bool kThree = std::is_same_v<E, float>;
+  static constexpr bool kFlush = kThree;
   static constexpr int kStep = 8;  // rows per instruction
 
   __device__ static uint32_t word(const float* p) { return __float_as_uint(*p); }
+  __device__ static uint32_t word(const Tf32* p) { return __float_as_uint(p->value); }
   // The instruction reads the upper 19 bits of a word.
   __device__ static uint32_t low(uint32_t word) {
     return __float_as_uint(__uint_as_float(word) - __uint_as_float(word & 0xffffe000u));
   }
 
   template <typename Tile>
-  __device__ __forceinline__ static void multiply(float (&d)[Tile::kRows][Tile::kColumns][4], const float* p,
-                                                  const float* q) {
+  __device__ __forceinline__ static void multiply(float (&d)[Tile::kRows][Tile::kColumns][4], const E* p, const E* q) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
     uint32_t b[Tile::kColumns][2];
 #pragma unroll
@@ -51,7 +54,8 @@ struct Fragments {
     }
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-      uint32_t a[4], a_low[4];
+      uint32_t a[4];
+      [[maybe_unused]] uint32_t a_low[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         a[w] = word(p + (t + w / 2 * 4) * Tile::kStride + 16 * r + g + w % 2 * 8);
@@ -59,9 +63,11 @@ struct Fragments {
       }
 #pragma unroll
       for (int c = 0; c < Tile::kColumns; ++c) {
-        const uint32_t b_low[2] = {low(b[c][0]), low(b[c][1])};
-        mma_tf32(d[r][c], a_low, b[c]);
-        mma_tf32(d[r][c], a, b_low);
+        if constexpr (kThree) {
+          const uint32_t b_low[2] = {low(b[c][0]), low(b[c][1])};
+          mma_tf32(d[r][c], a_low, b[c]);
+          mma_tf32(d[r][c], a, b_low);
+        }
         mma_tf32(d[r][c], a, b[c]);
       }
     }

@@ -41,9 +41,18 @@ __device__ inline double inverse_sqrt(double x) { return 1.0 / sqrt(x); }
 __device__ inline float square_root(float x) { return sqrtf(x); }
 __device__ inline double square_root(double x) { return sqrt(x); }
 
+// A float32 number of which tensor cores read the upper 19 bits, sign, exponent and 10 of the fraction.
+struct Tf32 {
+  float value;
+};
+
 template <typename T>
 __device__ T load_as(const float* p) {
   return static_cast<T>(*p);
+}
+template <typename T>
+__device__ T load_as(const Tf32* p) {
+  return static_cast<T>(p->value);
 }
 template <typename T>
 __device__ T load_as(const double* p) {
@@ -60,6 +69,10 @@ __device__ T load_as(const __nv_bfloat16* p) {
 template <typename T>
 __device__ void store_as(float* p, T value) {
   *p = static_cast<float>(value);
+}
+template <typename T>
+__device__ void store_as(Tf32* p, T value) {
+  p->value = static_cast<float>(value);
 }
 template <typename T>
 __device__ void store_as(double* p, T value) {

@@ -90,8 +90,9 @@ def factor_update_(
     Args:
         factors: The C_i, ``[n_i, n_i]`` each; exactly symmetric afterwards.
         rows: X_i, ``[m_i, d_i]`` float32, bfloat16 or float16 (accumulated in float32), float64 for float64 factors;
-            any strides, ``m_i`` may be 0. A `ConvRows` stands for the patches of a convolution, and for as many
-            consecutive blocks as it has groups.
+            any strides, ``m_i`` may be 0. On CUDA float32 is multiplied as TF32 where torch allows that for matrix
+            products (``torch.set_float32_matmul_precision``). A `ConvRows` stands for the patches of a convolution, and
+            for as many consecutive blocks as it has groups.
         decay: Weight of the old value, ≥ 0; 0 overwrites it, whatever it was. A number or ``[b]``.
         scale: Weight of the new moments. A number or ``[b]``.
         bias: Whether X_i has a last column of ones, so that ``n_i = d_i + 1``. One flag, or one per block.

@@ -20,6 +20,7 @@ from .blocks import BlockDiagonal
 from .rows import PADDING_MODES, ConvRows
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # DType in csrc/ops.h
+_TF32 = 4  # of factor updates: float32 whose products may be TF32
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _ALIGNMENT = 256  # of a workspace, csrc/ops.h
@@ -164,6 +165,13 @@ def read_if_free(flag: Tensor) -> bool | None:
     return bool(flag) if reading_is_free(flag.device) else None
 
 
+def _update_code(dtype: torch.dtype) -> int:
+    """Of factors of this type, with torch's permission to multiply float32 numbers as TF32."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return _TF32 if allowed and dtype == torch.float32 else DTYPE_CODES[dtype]
+
+
 # ---- ops ------------------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +193,7 @@ def factor_update_(
     _run(
         factors.device,
         lambda table, call: table.factor_update(
-            call, factors.plan, DTYPE_CODES[factors.dtype], factors.data.data_ptr(), views, convs, bias,
+            call, factors.plan, _update_code(factors.dtype), factors.data.data_ptr(), views, convs, bias,
             weight_pointers, decay.data_ptr(), scale.data_ptr(), trace.data_ptr(), nonfinite.data_ptr(),
         ),
     )  # fmt: skip

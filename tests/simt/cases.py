@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from launches import BF16, F16, F32, F64, Launch, Recorder
+from launches import BF16, F16, F32, F64, TF32, Launch, Recorder
 
 from kfac_fast import _C
 
-_NAMES = {F32: "f32", F64: "f64", F16: "f16", BF16: "bf16"}
-_NUMPY: dict[int, Any] = {F32: np.float32, F64: np.float64, F16: np.float16, BF16: np.uint16}
+_NAMES = {F32: "f32", F64: "f64", F16: "f16", BF16: "bf16", TF32: "tf32"}
+_NUMPY: dict[int, Any] = {F32: np.float32, F64: np.float64, F16: np.float16, BF16: np.uint16, TF32: np.float32}
 _CPU = 1 << 32  # any device will do
 
 
@@ -28,7 +28,7 @@ class Case:
 
 def _kind_of(dtype: int) -> tuple[int, int, Any]:
     """The factors' type for rows of this type, its width, and its numpy type."""
-    return (F64, 8, np.float64) if dtype == F64 else (F32, 4, np.float32)
+    return (F64, 8, np.float64) if dtype == F64 else (TF32 if dtype == TF32 else F32, 4, np.float32)
 
 
 def _random(count: int, dtype: int) -> Callable[[], np.ndarray]:
@@ -61,7 +61,7 @@ def _factor_update(
     def run(device: Recorder) -> list[Launch]:
         plan = _C.Plan([n])
         x = device.array(count, _NUMPY[dtype], "X", _random(count, dtype))
-        views = _C.TensorViews([(x, dtype, _CPU, shape, strides)])
+        views = _C.TensorViews([(x, F32 if dtype == TF32 else dtype, _CPU, shape, strides)])
         decay, scale, trace = (device.array(1, kind, key) for key in ("decay", "scale", "trace"))
         nonfinite, factors = device.array(1, np.int32, "nonfinite"), device.array(plan.numel, kind, "C")
         return device.run(

@@ -20,7 +20,7 @@ from pathlib import Path
 import generated
 from cases import Case, damped_inverse, factor_update, precondition
 from check_resources import CUDA, inspect
-from launches import BF16, F32, ROOT, Recorder, library
+from launches import BF16, F32, ROOT, TF32, Recorder, library
 from ptx_device import PtxDevice, ptxsim
 from resource_table import resident
 
@@ -104,7 +104,7 @@ def works() -> list[Work]:
         Work(damped_inverse([128] * 64), damped_inverse([128]), {block.format(2): 128}, 64, cholesky.format(174.5)),
         Work(damped_inverse([512] * 64), damped_inverse([512]), {panel: 64}, 64, cholesky.format(1261)),
         Work(damped_inverse([2048] * 64), damped_inverse([512]), {panel: 64}, 64, cholesky.format(22181)),
-        *(Work(case, case, {}) for dtype in (F32, BF16) for case in (factor_update(8192, 513, dtype),)),
+        *(Work(case, case, {}) for dtype in (F32, TF32, BF16) for case in (factor_update(8192, 513, dtype),)),
         Work(precondition([(512, 513)] * 50), precondition([(512, 513)]), {}),
         Work(precondition([(64, 65)] * 200), precondition([(64, 65)]), {}),
     ]

@@ -16,6 +16,7 @@ const T kNaN = std::numeric_limits<T>::quiet_NaN();
 double stored(std::vector<char>& data, DType dtype, int64_t at, double value) {
   switch (dtype) {
     case DType::f32:
+    case DType::tf32:
       return reinterpret_cast<float*>(data.data())[at] = static_cast<float>(value);
     case DType::f64:
       return reinterpret_cast<double*>(data.data())[at] = value;
@@ -130,8 +131,9 @@ Block<T> conv_rows(DType dtype, PaddingMode mode, std::vector<int64_t> size, std
   return b;
 }
 
+// `compute`: FactorUpdate.dtype.
 template <typename T>
-void test_blocks(const std::string& what, std::vector<Block<T>> blocks) {
+void test_blocks(const std::string& what, std::vector<Block<T>> blocks, DType compute = kDType<T>) {
   std::vector<int32_t> sizes;
   std::vector<Rows> rows;
   for (Block<T>& b : blocks) {
@@ -156,7 +158,7 @@ void test_blocks(const std::string& what, std::vector<Block<T>> blocks) {
   }
   check::same_bits_under_every_schedule(what, [&] {
     factors = start;
-    const FactorUpdate op = {plan,         kDType<T>,    factors.data(), rows.data(),
+    const FactorUpdate op = {plan,         compute,      factors.data(), rows.data(),
                              decay.data(), scale.data(), trace.data(),   nonfinite.data()};
     const std::string error = check::call(cuda_table().factor_update_workspace, cuda_table().factor_update, op);
     check::that(error.empty(), what + ": " + error);
@@ -240,6 +242,28 @@ void test_factor_update_of() {
   test_blocks<T>(type + " convolutions", convs);
 }
 
+// With the permission, float32 rows count with the 19 bits that tensor cores read, and on no other device.
+void test_factor_update_with_tf32() {
+  for (const int capability : {90, 75, 86}) {
+    simt_set_device(232448, 132, capability);
+    std::vector<Block<float>> blocks = {
+        plain_rows<float>(DType::f32, 600, 33, true, false, false, 0),
+        plain_rows<float>(DType::f32, 33, 20, false, false, true, 1),
+        plain_rows<float>(DType::f32, 50, 200, true, false, false, 8),
+        plain_rows<float>(DType::f32, 31, 144, false, false, false, 0),
+        plain_rows<float>(DType::f32, 20, 648, true, false, false, 0),
+        conv_rows<float>(DType::f32, PaddingMode::zeros, {6, 5}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, false)};
+    for (Block<float>& block : blocks) {
+      if (capability != 90) continue;
+      for (double& x : block.x) {
+        x = __uint_as_float(__float_as_uint(static_cast<float>(x)) & 0xffffe000u);
+      }
+    }
+    test_blocks<float>("factor_update with TF32 allowed, sm_" + std::to_string(capability), blocks, DType::tf32);
+  }
+  simt_set_device(232448, 132, 90);
+}
+
 template <typename T>
 void test_commit_of(bool open) {
   const std::string what = std::string("commit ") + (sizeof(T) == 8 ? "f64" : "f32") + (open ? "" : " closed");
@@ -291,6 +315,7 @@ void test_commit_of(bool open) {
 void test_factor_update() {
   test_factor_update_of<float>();
   test_factor_update_of<double>();
+  test_factor_update_with_tf32();
   simt_set_device(65536, 40, 75);  // no tensor cores that the kernels use
   test_factor_update_of<float>();
   simt_set_device(232448, 132, 90);

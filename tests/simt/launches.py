@@ -16,7 +16,7 @@ from check_resources import SHARED_BYTES, readable_name
 from kfac_fast import _C
 
 ROOT = Path(__file__).resolve().parents[2]
-F32, F64, F16, BF16 = range(4)  # DType in csrc/ops.h
+F32, F64, F16, BF16, TF32 = range(5)  # DType in csrc/ops.h
 LAUNCH_FAILURE = 719
 Operation = Callable[[_C.OpTable, _C.Call], None]
 

@@ -45,6 +45,7 @@ struct Gradient {
     void* p = place(i, j);
     switch (dtype) {
       case DType::f32:
+      case DType::tf32:
         return *static_cast<float*>(p);
       case DType::f64:
         return *static_cast<double*>(p);
@@ -59,6 +60,7 @@ struct Gradient {
     void* p = place(i, j);
     switch (dtype) {
       case DType::f32:
+      case DType::tf32:
         *static_cast<float*>(p) = static_cast<float>(value);
         break;
       case DType::f64:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import generated
 from cases import Case, commit, convolution, damped_inverse, factor_update, precondition
-from launches import BF16, F32, ROOT, Launch, library
+from launches import BF16, F32, ROOT, TF32, Launch, library
 from ptx_device import PtxDevice, ptxsim
 
 # Cycles that a tensor core is busy with one mma instruction of a warp, from the dense rates of an A100's data sheet:
@@ -73,6 +73,7 @@ CASES = [
     factor_update(8192, 65, F32),
     factor_update(8192, 257, F32),
     factor_update(8192, 513, F32),
+    factor_update(8192, 257, TF32),
     factor_update(8192, 65, BF16),
     factor_update(8192, 257, BF16),
     factor_update(8192, 513, BF16),

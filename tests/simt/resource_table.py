@@ -18,7 +18,7 @@ from pathlib import Path
 import generated
 from cases import Case, commit, convolution, damped_inverse, factor_update, precondition
 from check_resources import ARCHITECTURES, CUDA, WARPS_PER_SM, inspect
-from launches import BF16, F16, F32, F64, ROOT, Recorder, library
+from launches import BF16, F16, F32, F64, ROOT, TF32, Recorder, library
 
 # Of a multiprocessor (CUDA programming guide, technical specifications per compute capability).
 SHARED_PER_SM = dict.fromkeys(ARCHITECTURES, 228 << 10)
@@ -30,7 +30,9 @@ RESERVED = 1 << 10  # shared memory that the system takes of every block, from s
 def calls() -> list[Case]:
     """Every kernel at least once."""
     cases = [damped_inverse([n] * 4, dtype) for dtype in (F32, F64) for n in (8, 16, 32, 64, 128, 176, 240, 512)]
-    cases += [factor_update(m, n, kind) for kind in (F32, F64, F16, BF16) for n in (32, 64, 800) for m in (64, 9000)]
+    cases += [
+        factor_update(m, n, kind) for kind in (F32, F64, F16, BF16, TF32) for n in (32, 64, 800) for m in (64, 9000)
+    ]
     cases += [convolution(8, 16, 16, 3, F32), commit([64]), commit([64], F64)]
     cases += [precondition([(n, n)], dtype) for dtype in (F32, F64) for n in (32, 128, 600)]
     return cases

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launches import BF16, F16, F32, F64
+from launches import BF16, F16, F32, F64, TF32
 from ptx_device import PtxDevice, ptxsim
 
 from kfac_fast import _C
@@ -138,18 +138,21 @@ def as_kind(values: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
         bits = ptxsim.bf16(values.astype(np.float32))
         return bits, ptxsim.from_bf16(bits).reshape(values.shape)
     array = values.astype({"f64": np.float64, "f16": np.float16}.get(kind, np.float32))
+    if kind == "tf32":  # numbers that TF32 holds
+        array = (array.view(np.uint32) & 0xFFFFE000).view(np.float32)
     return array, array
 
 
-ROW_KINDS = {"f32": F32, "f64": F64, "f16": F16, "bf16": BF16}
+ROW_KINDS = {"f32": F32, "f64": F64, "f16": F16, "bf16": BF16, "tf32": F32}
+
+
+SAMPLED = ("f32", 32), ("f32", 128), ("bf16", 64), ("tf32", 64)
 
 
 @pytest.mark.parametrize(
     ("kind", "side"),
     [
-        pytest.param(
-            kind, side, marks=[] if (kind, side) in (("f32", 32), ("f32", 128), ("bf16", 64)) else pytest.mark.full
-        )
+        pytest.param(kind, side, marks=[] if (kind, side) in SAMPLED else pytest.mark.full)
         for kind in ROW_KINDS
         for side in (32, 64, 128)
     ],
@@ -163,7 +166,8 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
     whole, x_whole = as_kind(rng.standard_normal((m, d // 8 * 8)), kind)
     turned, x_turned = as_kind(rng.standard_normal((d, 20)), kind)
     image, x_image = as_kind(rng.standard_normal((2, d // 9, 4, 5)), kind)
-    weights = rng.uniform(0, 1, m).astype(dtype)
+    weights = rng.choice([0, 0.25, 1, 4], m) if kind == "tf32" else rng.uniform(0, 1, m)
+    weights = weights.astype(dtype)
     one = np.ones((m, 1))
     root = np.sqrt(weights)[:, None]
     expected_rows = [
@@ -198,7 +202,17 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
     device.run(
         "factor_update",
         lambda table, call: table.factor_update(
-            call, plan, code_of(dtype), c, views, convs, biases, [weight, 0, weight, 0, 0], halves, twos, *outputs
+            call,
+            plan,
+            TF32 if kind == "tf32" else code_of(dtype),
+            c,
+            views,
+            convs,
+            biases,
+            [weight, 0, weight, 0, 0],
+            halves,
+            twos,
+            *outputs,
         ),
         SEED,
     )
