@@ -66,8 +66,8 @@ def table(runs: Sequence[Run], rival: str = "SGD-Nesterov") -> str:
                 f"{updates:.0f} (1/{rival_updates / updates:.1f})",
                 "" if math.isinf(seconds + rival_seconds) else f"{seconds:.1f} (1/{rival_seconds / seconds:.1f})",
             ]
-            if name == rival:
-                to_goal = [f"{rival_updates:.0f}", "" if math.isinf(rival_seconds) else f"{rival_seconds:.1f}"]
+        if name == rival:
+            to_goal = [f"{rival_updates:.0f}", "" if math.isinf(rival_seconds) else f"{rival_seconds:.1f}"]
         setting = ", ".join(f"{key} {value:g}" for key, value in group[0].setting.items()) or "sets itself"
         finals = [run.final for run in group]
         spread = f"{mean(finals):.2f} ({min(finals):.2f}–{max(finals):.2f})"
