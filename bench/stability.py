@@ -2,7 +2,7 @@
 
 Over a grid of damping λ and learning rate: K-FAC fixed, with the KL clip, and adaptive (where λ is the first one and
 there is no rate); SGD with Nesterov momentum over momentum and rate. It may be stopped at any time and goes on where it
-was: what the JSON has of this machine and commit is not run again. The maps are drawn when nothing is missing.
+was: what the JSON has of this machine and commit is not run again. A map is drawn when none of its points is missing.
 """
 
 from __future__ import annotations
@@ -162,7 +162,12 @@ def draw(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None
         finals = [o.loss for o in mine if o.outcome == "trained" and o.loss]
         low, high = math.log10(min(finals)), math.log10(STUCK * task.trivial)
         for axes, (method, (_, rows, columns)) in zip(row, METHODS.items(), strict=True):
+            axes.set_title(f"{task.name}: {method}", fontsize=11)
             grid = {(o.damping, o.rate): o for o in mine if o.method == method}
+            if len(grid) < len(rows) * len(columns):
+                axes.set_axis_off()
+                axes.text(0.5, 0.5, "not run", ha="center", transform=axes.transAxes)
+                continue
             colours = torch.ones(len(rows), len(columns), 3)
             for i, damping in enumerate(rows):
                 for j, rate in enumerate(columns):
@@ -179,7 +184,6 @@ def draw(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None
             axes.imshow(colours, aspect="auto", origin="lower")
             axes.set_xticks(range(len(columns)), ["" if c is None else f"{c:g}" for c in columns])
             axes.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
-            axes.set_title(f"{task.name}: {method}", fontsize=11)
             axes.set_xlabel("" if columns == (None,) else "learning rate")
             axes.set_ylabel("momentum" if method.startswith("SGD") else "λ" if rate is not None else "λ at the start")
     figure.legend(
@@ -244,9 +248,8 @@ def main() -> None:
             write_json(options.json, {"machine": machine(), "clip": CLIP, "outcomes": [asdict(o) for o in outcomes]})
     outcomes = [found[key] for key in everything if key in found]
     print(table(outcomes))
-    if len(found) == len(everything):
-        options.picture.parent.mkdir(parents=True, exist_ok=True)
-        draw(options.picture, [make() for make in TASKS.values()], outcomes)
+    options.picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(options.picture, [make() for make in TASKS.values()], outcomes)
 
 
 if __name__ == "__main__":
