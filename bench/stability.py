@@ -177,7 +177,9 @@ def draw(path: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None
                         colours[i, j] = torch.tensor(plt.get_cmap("viridis")(0.95 - 0.75 * share)[:3])
                     else:
                         colours[i, j] = torch.tensor([0.1] * 3 if o.outcome == "diverged" else [0.75] * 3)
-                    text = f"{o.loss:.2g}" if o.loss is not None and o.outcome != "diverged" else "×"
+                    text = "×"
+                    if o.loss is not None and o.outcome != "diverged":
+                        text = f"{o.loss:.0f}" if o.loss > 10 else f"{o.loss:.2g}"
                     text += "!" if o.failed_inverses else ""
                     dark = float(colours[i, j].mean()) < 0.45
                     axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")

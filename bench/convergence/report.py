@@ -85,7 +85,7 @@ def table(runs: Sequence[Run], rival: str = "SGD-Nesterov") -> str:
 
 
 def draw(path: Path, title: str, runs: Sequence[Run]) -> None:
-    """Training loss against updates and against seconds: the mean over seeds, and the band between them."""
+    """Training loss against updates, and against seconds where there are any: the mean over seeds, and their band."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,12 +94,18 @@ def draw(path: Path, title: str, runs: Sequence[Run]) -> None:
     groups = by_contender(runs)
     style: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "font.size": 11}
     with plt.rc_context({**style, "grid.color": "#E4E4E4"}):
-        figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
+        labels = ("updates", "seconds") if timed(runs) else ("updates",)
+        figure, (panels,) = plt.subplots(
+            1, len(labels), figsize=(6 * len(labels), 4.8), layout="constrained", sharey=True, squeeze=False
+        )
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-        for axes, label in zip(panels, ("updates", "seconds"), strict=True):
+        for axes, label in zip(panels, labels, strict=True):
             for name, group in groups.items():
+                clocks = group if label == "updates" else timed(group)
+                if not clocks:
+                    continue
                 count = min(len(run.loss) for run in group)
-                xs = [mean([getattr(run, label)[i] for run in timed(group) or group]) for i in range(1, count)]
+                xs = [mean([getattr(run, label)[i] for run in clocks]) for i in range(1, count)]
                 losses = [[run.loss[i] for run in group] for i in range(1, count)]
                 colour, heavy = COLOURS.get(name, "#000000"), name.startswith("K-FAC")
                 axes.plot(xs, [mean(y) for y in losses], color=colour, lw=2.2 if heavy else 1.4, label=name)
@@ -108,6 +114,6 @@ def draw(path: Path, title: str, runs: Sequence[Run]) -> None:
         panels[0].set_ylabel("training loss")
         highest = max(max(run.loss[2:5], default=1.0) for run in runs)
         panels[0].set_ylim(top=highest * 1.3)
-        panels[1].legend(frameon=False, fontsize=9)
+        panels[0].legend(frameon=False, fontsize=9, loc="lower left")
         figure.savefig(path, dpi=130)
         plt.close(figure)
