@@ -146,7 +146,8 @@ def machine() -> dict[str, object]:
 def machine_name() -> str:
     """Of the machine, short enough for a file: the maker and kind of its processor, and the threads."""
     words = re.sub(r"\(.*?\)|@.*|\b(cpu|processor)\b", " ", str(machine()["cpu"]).lower()).split()
-    return "-".join([*words, str(torch.get_num_threads()), "threads"])
+    threads = torch.get_num_threads()
+    return "-".join([*words, str(threads), "thread" if threads == 1 else "threads"])
 
 
 def save(rows: list[Row], path: Path, **others: object) -> None:

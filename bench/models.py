@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .memory import peak_mebibytes
 from .parts import PARTS, split
 from .workloads import Workload, workloads
 
+MIN_REPEATS, SECONDS = 3, 20.0  # a large network gets fewer repeats
 LR = 1e-4  # of everyone: small, so that a thousand steps on one batch change little
 
 
@@ -169,7 +171,8 @@ def measure(name: str, workload: Workload, repeats: int = REPEATS) -> Iterator[R
     entries = list(contenders(name, workload))
     counts = {call: count_for(call) for call in (base, *(call for entry in entries for call in entry.kinds))}
     times: list[tuple[float, list[float]]] = []
-    for _ in range(repeats):
+    start = time.perf_counter()
+    while len(times) < MIN_REPEATS or (len(times) < repeats and time.perf_counter() - start < SECONDS):
         rival = stretch(base, counts[base])
         own = [sum(part * stretch(call, counts[call]) for call, part in entry.kinds.items()) for entry in entries]
         times.append((rival, own))

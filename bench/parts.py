@@ -18,7 +18,7 @@ from .workloads import Workload
 # Forward and backward pass as SGD has them; what the hooks add to them; running averages; inverses; natural gradients;
 # clip, momentum and the new parameters.
 PARTS = ("model", "capture", "factors", "inverses", "preconditioning", "update")
-STEPS = 5  # of each kind
+STEPS = 2  # of each kind
 
 
 @contextlib.contextmanager

@@ -243,7 +243,7 @@ class KFAC(ResumableOptimizer):
                 for tensors in (natural, plain):
                     for i, (p, u) in enumerate(tensors):
                         tensors[i] = (p, torch.where(finite, u, torch.zeros_like(u)))
-            if natural and clip is not None:
+            if natural and clip is not None and not (known and bool(clip == 1)):
                 torch._foreach_mul_([u for _, u in natural], clip)
             self._apply(group, natural + plain, None if known else finite)
         return loss
