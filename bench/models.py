@@ -60,9 +60,13 @@ class Schedule:
         )
 
 
-OFTEN, SELDOM = Schedule(1, 20, 1 / 8), Schedule(10, 100, 1.0)
+OFTEN, SELDOM, SELDOM_PART = Schedule(1, 20, 1 / 8), Schedule(10, 100, 1.0), Schedule(10, 100, 1 / 8)
+SCHEDULES = (OFTEN, SELDOM, SELDOM_PART)
 # At most so many times SGD's step.
-BARS = {"resnet": {OFTEN: 1.35, SELDOM: 1.10}, "transformer": {OFTEN: 1.5, SELDOM: 1.25}}
+BARS = {
+    "resnet": {OFTEN: 1.35, SELDOM: 1.10, SELDOM_PART: 1.10},
+    "transformer": {OFTEN: 1.5, SELDOM: 1.25, SELDOM_PART: 1.25},
+}
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -157,7 +161,7 @@ def contenders(name: str, workload: Workload) -> Iterator[Contender]:
         print(f"Muon: left out, {reason}")
     else:
         yield Contender("Muon", {_simple(workload, Muon): 1.0})
-    for schedule in (OFTEN, SELDOM):
+    for schedule in SCHEDULES:
         yield _kfac(workload, schedule, BARS.get(name, {}).get(schedule))
     for label, kinds in rivals.installed(workload, LR, OFTEN.inverse_every):
         yield Contender(label, kinds)
