@@ -1,9 +1,9 @@
 """``python -m bench.convergence.models``: how many updates K-FAC and a tuned rival need, on a transformer and a ResNet.
 
-Everybody is tuned on as many settings, with a seed of its own; the best one is run with three seeds. All have the same
-schedule over their own number of updates, and K-FAC has half as many. Runs wait in a folder and go on where they were;
-``--piece`` stops them after some seconds (exit status 3: not done yet). Updates are compared, not seconds, so other
-work may run beside.
+Everybody is tuned on as many settings, with a seed of its own; the best two are run with three seeds, and the better
+mean counts. All have the same schedule over their own number of updates, and K-FAC has half as many. Runs wait in a
+folder and go on where they were; ``--piece`` stops them after some seconds (exit status 3: not done yet). Updates are
+compared, not seconds, so other work may run beside.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from .training import Run, write_json
 BATCH = 128
 MEASURED, MEASURED_EVERY = 256, 10  # training examples, always the same ones; updates
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
+CANDIDATES = 2  # settings of everybody that are run with all seeds: one seed may flatter a setting
 WARM_UP = 0.05  # of the updates; a cosine down to zero follows
 
 
@@ -220,28 +221,73 @@ def finished(problem: Problem, contender: Contender, setting: Setting, seed: int
     return run
 
 
+def compare(problem: Problem, folder: Path, until: float, partial: bool) -> dict[str, Any]:
+    """All runs of a problem; with ``partial`` those that are there."""
+    tuning: list[Run] = []
+    finals: list[Run] = []
+
+    def collect(setting: Setting, seed: int, contender: Contender) -> list[Run]:
+        try:
+            return [finished(problem, contender, setting, seed, folder, until)]
+        except TimeoutError:
+            if not partial:
+                raise
+            return []
+
+    for contender in problem.contenders:
+        tried = [run for setting in contender.grid for run in collect(setting, TUNING_SEED, contender)]
+        tuning += tried
+        for candidate in sorted(tried, key=lambda run: run.final)[:CANDIDATES]:
+            finals += [run for seed in SEEDS for run in collect(candidate.setting, seed, contender)]
+    return {"runs": [asdict(run) for run in finals], "tuning": [asdict(run) for run in tuning]}
+
+
+def better(runs: list[Run]) -> list[Run]:
+    """Those of the setting with the lowest mean loss, of the settings that have been run with the most seeds."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.setting), []).append(run)
+    return min(groups.values(), key=lambda group: (-len(group), mean([run.final for run in group])))
+
+
 def table(results: dict[str, Any]) -> str:
-    """How soon K-FAC is where the rival of the same seed ends: means over seeds, and the range of the final losses."""
+    """How soon K-FAC is where the rival of the same seed ends: means over seeds, and the range of the final losses.
+
+    A model without final runs of everybody shows the best runs of the tuning.
+    """
     lines = [
-        "| model | optimizer | settings tried | best | updates | final training loss | updates to the rival's loss |",
-        "|---|---|---|---|---|---|---|",
+        "| model | optimizer | settings tried | best | seeds | updates | final training loss | "
+        "updates to the rival's loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in [name for name in PROBLEMS if name in results]:
-        groups = by_contender([Run(**run) for run in results[name]["runs"]])
+        groups = {
+            contender: better(runs)
+            for contender, runs in by_contender([Run(**run) for run in results[name]["runs"]]).items()
+        }
         tried = by_contender([Run(**run) for run in results[name]["tuning"]])
+        if set(groups) != set(tried):
+            groups = {name: [min(runs, key=lambda run: run.final)] for name, runs in tried.items()}
         rival, *_ = groups.values()
         goals, updates = {run.seed: run.final for run in rival}, rival[0].finished
         for contender, runs in groups.items():
             finals = [run.final for run in runs]
-            reached = [first_at(run, goals[run.seed]) for run in runs]
+            reached = [first_at(run, goals[run.seed]) for run in runs if run.seed in goals]
             soon = mean([each[0] if each else math.inf for each in reached])
-            lines.append(
-                f"| {name} | {contender} | {len(tried[contender])} | "
-                + ", ".join(f"{key} {value:g}" for key, value in runs[0].setting.items())
-                + f" | {runs[0].finished} | {mean(finals):.4f} ({min(finals):.4f}–{max(finals):.4f}) | "
-                + ("" if runs is rival else "never" if math.isinf(soon) else f"{soon:.0f} (1/{updates / soon:.1f})")
-                + " |"
-            )
+            to_goal = f"{soon:.0f} (1/{updates / soon:.1f})"
+            if math.isinf(soon):
+                to_goal = f"reached by {sum(each is not None for each in reached)} of {len(reached)} runs"
+            cells = [
+                name,
+                contender,
+                str(len(tried[contender])),
+                ", ".join(f"{key} {value:g}" for key, value in runs[0].setting.items()),
+                ", ".join(str(run.seed) for run in runs),
+                str(runs[0].finished),
+                f"{mean(finals):.3f} ({min(finals):.3f}–{max(finals):.3f})",
+                "" if runs is rival else to_goal,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -249,6 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.convergence.models", description=__doc__.split("\n")[0])
     parser.add_argument("--problem", choices=PROBLEMS, action="append", help="default: all")
     parser.add_argument("--piece", type=float, default=float("inf"), help="stop after about this many seconds")
+    parser.add_argument("--report", action="store_true", help="train nothing, write what has been finished")
     parser.add_argument("--folder", type=Path, default=Path("build/convergence-models"), help="where runs wait")
     parser.add_argument("--json", type=Path, default=Path("build/convergence-models.json"), help="where results go")
     parser.add_argument("--show", type=Path, help="train nothing, print the table of these results")
@@ -256,20 +303,11 @@ def main() -> None:
     if options.show:
         print(table(json.loads(options.show.read_text())))
         return
-    until = time.monotonic() + options.piece
-    results: dict[str, Any] = {"machine": machine(), "seeds": SEEDS, "tuning_seed": TUNING_SEED, "batch": BATCH}
+    until = float("-inf") if options.report else time.monotonic() + options.piece
+    results: dict[str, Any] = {"machine": machine(), "tuning_seed": TUNING_SEED, "batch": BATCH}
     try:
         for name in options.problem or PROBLEMS:
-            problem = PROBLEMS[name]
-            tuning: list[Run] = []
-            runs: list[Run] = []
-            for contender in problem.contenders:
-                do = functools.partial(finished, problem, contender, folder=options.folder, until=until)
-                tried = [do(setting, TUNING_SEED) for setting in contender.grid]
-                best = min(tried, key=lambda run: run.final).setting
-                tuning += tried
-                runs += [do(best, seed) for seed in SEEDS]
-            results[name] = {"runs": [asdict(run) for run in runs], "tuning": [asdict(run) for run in tuning]}
+            results[name] = compare(PROBLEMS[name], options.folder, until, options.report)
     except TimeoutError:
         sys.exit(3)
     write_json(options.json, results)
