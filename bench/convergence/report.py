@@ -96,7 +96,7 @@ def draw(path: Path, title: str, runs: Sequence[Run]) -> None:
     with plt.rc_context({**style, "grid.color": "#E4E4E4"}):
         labels = ("updates", "seconds") if timed(runs) else ("updates",)
         figure, (panels,) = plt.subplots(
-            1, len(labels), figsize=(6 * len(labels), 4.8), layout="constrained", sharey=True, squeeze=False
+            1, len(labels), figsize=(5.5 * len(labels) + 2.5, 4.8), layout="constrained", sharey=True, squeeze=False
         )
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         for axes, label in zip(panels, labels, strict=True):
@@ -114,6 +114,6 @@ def draw(path: Path, title: str, runs: Sequence[Run]) -> None:
         panels[0].set_ylabel("training loss")
         highest = max(max(run.loss[2:5], default=1.0) for run in runs)
         panels[0].set_ylim(top=highest * 1.3)
-        panels[0].legend(frameon=False, fontsize=9, loc="lower left")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
         figure.savefig(path, dpi=130)
         plt.close(figure)
