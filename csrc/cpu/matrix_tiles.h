@@ -1,6 +1,7 @@
 // X^T X of bfloat16 rows with the processor's matrix instructions (AMX): exact products, sums in float32. A tile
-// register holds 16 rows of 64 bytes; an instruction multiplies 16 x 32 by 32 x 16 elements. Compiled in the namespace
-// of these instructions alone; amx.h says whether they may run.
+// register holds 16 rows of 64 bytes; an instruction multiplies 16 x 32 by 32 x 16 elements. To it subnormal numbers,
+// whose squares vanish in float32 anyway, are zeros. Compiled in the namespace of these instructions alone; amx.h says
+// whether they may run.
 #pragma once
 
 #include "../ops.h"
