@@ -215,6 +215,8 @@ def finished(problem: Problem, contender: Contender, setting: Setting, seed: int
     path = folder / f"{problem.name}-{contender.name}-{contender.updates}{described}-seed{seed}.json"
     if path.exists():
         return Run(**json.loads(path.read_text()))
+    if time.monotonic() > until:
+        raise TimeoutError
     run = train(problem, contender, setting, seed, path.with_suffix(".pt"), until)
     write_json(path, asdict(run))
     print(f"{path.stem}: {run.final:.4f}", flush=True)
@@ -251,14 +253,14 @@ def better(runs: list[Run]) -> list[Run]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """How soon K-FAC is where the rival of the same seed ends: means over seeds, and the range of the final losses.
+    """How soon K-FAC is where the rival ends: means over seeds, and the range of the final losses.
 
     A model without final runs of everybody shows the best runs of the tuning.
     """
     lines = [
         "| model | optimizer | settings tried | best | seeds | updates | final training loss | "
-        "updates to the rival's loss |",
-        "|---|---|---|---|---|---|---|---|",
+        "updates to the rival's mean loss | runs that reach the rival's of their seed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in [name for name in PROBLEMS if name in results]:
         groups = {
@@ -272,7 +274,8 @@ def table(results: dict[str, Any]) -> str:
         goals, updates = {run.seed: run.final for run in rival}, rival[0].finished
         for contender, runs in groups.items():
             finals = [run.final for run in runs]
-            reached = [first_at(run, goals[run.seed]) for run in runs if run.seed in goals]
+            reached = [first_at(run, mean(list(goals.values()))) for run in runs]
+            ahead = [first_at(run, goals[run.seed]) is not None for run in runs if run.seed in goals]
             soon = mean([each[0] if each else math.inf for each in reached])
             to_goal = f"{soon:.0f} (1/{updates / soon:.1f})"
             if math.isinf(soon):
@@ -286,6 +289,7 @@ def table(results: dict[str, Any]) -> str:
                 str(runs[0].finished),
                 f"{mean(finals):.3f} ({min(finals):.3f}–{max(finals):.3f})",
                 "" if runs is rival else to_goal,
+                "" if runs is rival else f"{sum(ahead)} of {len(ahead)}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
