@@ -311,7 +311,8 @@ def test_a_model_that_was_moved_is_refused() -> None:
         KFAC(mlp().to("meta"))
 
 
-def test_a_step_makes_as_many_calls_for_thirty_layers_as_for_three() -> None:
+@pytest.mark.parametrize("kl_clip", [1e-9, 1e3])  # clipped always and never: a step that is not saves a pass
+def test_a_step_makes_as_many_calls_for_thirty_layers_as_for_three(kl_clip: float) -> None:
     """All layers go through grouped kernels and torch's foreach functions."""
 
     class Count(TorchDispatchMode):
@@ -324,7 +325,7 @@ def test_a_step_makes_as_many_calls_for_thirty_layers_as_for_three() -> None:
     counts = []
     for depth in (3, 30):
         model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(depth)], nn.Linear(6, 3))
-        optimizer = KFAC(model, inverse_every=2)
+        optimizer = KFAC(model, inverse_every=2, kl_clip=kl_clip)
         train(model, optimizer, range(4))
         optimizer.zero_grad()
         backward(model, 4)

@@ -115,5 +115,6 @@ def draw(path: Path, title: str, runs: Sequence[Run]) -> None:
         highest = max(max(run.loss[2:5], default=1.0) for run in runs)
         panels[0].set_ylim(top=highest * 1.3)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
         plt.close(figure)
