@@ -87,10 +87,10 @@ inline void load_uniform(const InterleavedGroup<T>& group, Vec<T>* a) {
     KFAC_FAST_UNROLL
     for (int lane = 0; lane < kLanes<T>; ++lane) tile[lane] = load(group.blocks[lane] + begin);
     transpose<T>(tile);
-    // Entries above the diagonal land in the room behind the triangle.
+    // Entries above the diagonal, and those past the end, land in the room behind the triangle.
     KFAC_FAST_UNROLL
     for (int c = 0; c < kLanes<T>; ++c) {
-      a[entry.j <= entry.i ? triangle(entry.i) + entry.j : triangle(n)] = tile[c];
+      a[entry.j <= entry.i ? min(triangle(entry.i) + entry.j, triangle(n)) : triangle(n)] = tile[c];
       entry.advance(n);
     }
   }

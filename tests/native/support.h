@@ -35,19 +35,34 @@ class Random {
 };
 
 // Exactly the bytes an op asked for, aligned to 256 and filled with NaN patterns, so that reading what was never
-// written shows. Being a block of its own, AddressSanitizer guards its end.
+// written shows. AddressSanitizer guards its end; without it more of the pattern follows, which must still be there
+// when the op has ended: wide vectors, which only the builds without sanitizers have, reach further past an end.
 class Workspace {
  public:
   explicit Workspace(WorkspaceSize size)
-      : bytes_((size.device_bytes + 255) / 256 * 256), data_(std::aligned_alloc(256, bytes_ == 0 ? 256 : bytes_)) {
-    std::memset(data_, 0xff, bytes_);
+      : bytes_((size.device_bytes + 255) / 256 * 256),
+        data_(std::aligned_alloc(256, bytes_ + kGuard + (bytes_ == 0 ? 256 : 0))) {
+    std::memset(data_, 0xff, bytes_ + kGuard);
   }
-  ~Workspace() { std::free(data_); }
+  ~Workspace() {
+    const unsigned char* guard = static_cast<const unsigned char*>(data_) + bytes_;
+    for (size_t i = 0; i < kGuard; ++i) {
+      if (guard[i] == 0xff) continue;
+      std::fprintf(stderr, "an op wrote %zu bytes behind its workspace of %zu\n", i + 1, bytes_);
+      std::abort();
+    }
+    std::free(data_);
+  }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   void* data() const { return data_; }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kGuard = 0;
+#else
+  static constexpr size_t kGuard = 1 << 14;
+#endif
   size_t bytes_;
   void* data_;
 };
