@@ -31,12 +31,15 @@ static_assert(kBlockAlignment % kLanes<float> == 0 && kBlockAlignment % kLanes<d
 
 template <typename T>
 struct InterleavedScratch {
-  Vec<T>* matrix;  // [n (n + 1) / 2] rows of the lower triangle, and room for a tile that overhangs the last row
+  Vec<T>* matrix;  // [n (n + 1) / 2] rows of the lower triangle, and room behind them
   Vec<T>* w;       // [n, kInterleavedDepth]
 
+  // A vector that overhangs the end of a matrix has up to kLanes - 1 entries of rows that there are not: a row each if
+  // n = 1, which takes the most room.
   static InterleavedScratch take(Arena& arena, int64_t n) {
+    constexpr int64_t kRoom = kLanes<T> * (kLanes<T> + 1) / 2;
     InterleavedScratch scratch;
-    scratch.matrix = arena.take<Vec<T>>(n * (n + 1) / 2 + kLanes<T>);
+    scratch.matrix = arena.take<Vec<T>>(n * (n + 1) / 2 + kRoom);
     scratch.w = arena.take<Vec<T>>(n * kInterleavedDepth);
     return scratch;
   }
@@ -90,7 +93,7 @@ inline void load_uniform(const InterleavedGroup<T>& group, Vec<T>* a) {
     // Entries above the diagonal, and those past the end, land in the room behind the triangle.
     KFAC_FAST_UNROLL
     for (int c = 0; c < kLanes<T>; ++c) {
-      a[entry.j <= entry.i ? min(triangle(entry.i) + entry.j, triangle(n)) : triangle(n)] = tile[c];
+      a[entry.j <= entry.i ? triangle(entry.i) + entry.j : triangle(n)] = tile[c];
       entry.advance(n);
     }
   }
