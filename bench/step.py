@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +13,7 @@ from kfac_fast.data import curves_autoencoder
 from kfac_fast.ops import native
 
 from .harness import Call, Case
+from .stopwatch import Stopwatch
 from .workloads import ManyLayers
 
 Loss = Callable[[Tensor], Tensor]
@@ -31,21 +31,14 @@ def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, loss:
 
 def kernel_share(step: Call) -> dict[str, float]:
     """Milliseconds that a step spends inside the ops' native calls."""
-    run, spent = native._run, 0.0
-
-    def timed(*arguments: object) -> None:
-        nonlocal spent
-        start = time.perf_counter()
-        run(*arguments)  # type: ignore[arg-type]
-        spent += time.perf_counter() - start
-
-    native._run = timed  # type: ignore[assignment]
+    watch = Stopwatch()
+    undo = watch.wrap(native, "_run", "kernels")
     try:
         for _ in range(STEPS):
             step()
     finally:
-        native._run = run
-    return {"kernels_ms": 1e3 * spent / STEPS}
+        undo()
+    return {"kernels_ms": 1e3 * watch.seconds["kernels"] / STEPS}
 
 
 def case(name: str, make: Callable[[], nn.Module], x: Tensor, loss: Loss, bar: float, **options: object) -> Case:

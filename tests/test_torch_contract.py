@@ -311,10 +311,9 @@ def test_a_model_that_was_moved_is_refused() -> None:
         KFAC(mlp().to("meta"))
 
 
-@pytest.mark.parametrize("kl_clip", [1e-9, 1e3])  # clipped always and never: a step that is not saves a pass
+# All layers go through grouped kernels and torch's foreach functions; a step that is not clipped saves a pass.
+@pytest.mark.parametrize("kl_clip", [1e-9, 1e3])
 def test_a_step_makes_as_many_calls_for_thirty_layers_as_for_three(kl_clip: float) -> None:
-    """All layers go through grouped kernels and torch's foreach functions."""
-
     class Count(TorchDispatchMode):
         calls = 0
 
