@@ -14,7 +14,7 @@ from test_layers import DOUBLE
 from torch import Tensor, nn
 
 from kfac_fast import KFAC, Blocks, Preconditioner
-from kfac_fast.layers import KroneckerBlock, KroneckerLayer
+from kfac_fast.layers import KroneckerBlock, KroneckerLayer, PooledLinearLayer
 from kfac_fast.layers.base import _LAYERS, register
 from kfac_fast.layers.linear import LinearLayer
 from kfac_fast.ops import Gradient
@@ -280,3 +280,10 @@ def test_empty_batches_and_skipped_layers_commit_nothing_wrong() -> None:
     changed = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
     assert changed == {"0.weight", "1.weight", "1.bias", "2.weight", "2.bias"}
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_class_that_does_not_fit_the_module_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(TypeError, match=r"classes: PooledLinearLayer does not fit '0', a Conv2d: .*in_features"):
+        KFAC(model, blocks=Blocks(classes={"0": PooledLinearLayer}))
+    assert not model[0]._forward_hooks

@@ -145,10 +145,15 @@ def _candidate(name: str, module: nn.Module, blocks: Blocks) -> Layer | str:
         return "the weight is computed from it (parametrized)"
     if made is None:
         return f"no block for {type(module).__name__}"
-    reason = blocks.reason_against(name) or made.unsupported(module)
-    if reason is not None:
-        return reason
-    layer = made(name, module)
+    try:
+        reason = blocks.reason_against(name) or made.unsupported(module)
+        if reason is not None:
+            return reason
+        layer = made(name, module)
+    except AttributeError as error:
+        raise TypeError(
+            f"classes: {made.__name__} does not fit {name!r}, a {type(module).__name__}: {error}"
+        ) from error
     if isinstance(layer, KroneckerLayer):
         layer.max_side = blocks.max_side
     return layer
