@@ -284,6 +284,6 @@ def test_empty_batches_and_skipped_layers_commit_nothing_wrong() -> None:
 
 def test_a_class_that_does_not_fit_the_module_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(TypeError, match=r"classes: PooledLinearLayer does not fit '0', a Conv2d: .*in_features"):
+    with pytest.raises(TypeError, match=r"blocks: the class for '0' does not fit a Conv2d: .*in_features"):
         KFAC(model, blocks=Blocks(classes={"0": PooledLinearLayer}))
     assert not model[0]._forward_hooks

@@ -115,6 +115,7 @@ def discover(
 
     Raises:
         ValueError: A pattern of ``blocks`` matches no module.
+        TypeError: A class of ``blocks`` does not fit a module.
     """
     allowed = None if parameters is None else {id(p) for p in parameters}
     layers: list[Layer] = []
@@ -122,8 +123,13 @@ def discover(
     modules = dict(model.named_modules())
     blocks.check_names(list(modules))
     for name, module in modules.items():
-        found = _candidate(name, module, blocks)
-        reason = found if isinstance(found, str) else _reason_against(found, allowed, in_shards, layers)
+        try:
+            found = _candidate(name, module, blocks)
+            reason = found if isinstance(found, str) else _reason_against(found, allowed, in_shards, layers)
+        except AttributeError as error:
+            raise TypeError(
+                f"blocks: the class for {name!r} does not fit a {type(module).__name__}: {error}"
+            ) from error
         own = list(module.parameters(recurse=False))
         if isinstance(found, Layer):
             own += found.parameters.values()
@@ -145,15 +151,10 @@ def _candidate(name: str, module: nn.Module, blocks: Blocks) -> Layer | str:
         return "the weight is computed from it (parametrized)"
     if made is None:
         return f"no block for {type(module).__name__}"
-    try:
-        reason = blocks.reason_against(name) or made.unsupported(module)
-        if reason is not None:
-            return reason
-        layer = made(name, module)
-    except AttributeError as error:
-        raise TypeError(
-            f"classes: {made.__name__} does not fit {name!r}, a {type(module).__name__}: {error}"
-        ) from error
+    reason = blocks.reason_against(name) or made.unsupported(module)
+    if reason is not None:
+        return reason
+    layer = made(name, module)
     if isinstance(layer, KroneckerLayer):
         layer.max_side = blocks.max_side
     return layer
