@@ -13,6 +13,7 @@ import pytest
 from conftest import BUILD
 
 TESTS = Path(__file__).resolve().parent
+CROSS, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 
 
 def run(*command: object) -> str:
@@ -44,21 +45,30 @@ def test_cpu_kernels_at_every_size(build: Callable[[str], Path]) -> None:
     ],
 )
 def test_sanitizers(tmp_path: Path, folder: str, program: str, sanitize: str) -> None:
-    sanitized(tmp_path, folder, program, f"-DKFAC_FAST_SANITIZE={sanitize}")
+    output_of(tmp_path, folder, program, f"-DKFAC_FAST_SANITIZE={sanitize}")
 
 
 @pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
 def test_sanitizers_on_one_instruction_set(sanitize: str) -> None:
     folder = BUILD / f"sanitize-{sanitize.replace(',', '-')}"
     options = f"-DKFAC_FAST_SANITIZE={sanitize}", "-DKFAC_FAST_BASELINE_ONLY=ON"
-    assert "baseline: ok" in sanitized(folder, "native", "cpu_ops_test", *options)
+    assert "baseline: ok" in output_of(folder, "native", "cpu_ops_test", *options)
 
 
-def sanitized(build: Path, folder: str, program: str, *options: str) -> str:
+@pytest.mark.full
+@pytest.mark.skipif(CROSS is None or EMULATOR is None, reason="needs aarch64-linux-gnu-g++ and qemu-aarch64")
+def test_cpu_kernels_of_neon_under_emulation(tmp_path: Path) -> None:
+    cross = "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={CROSS}"
+    output = output_of(tmp_path, "native", "cpu_ops_test", *cross, runner=(EMULATOR, "-L", "/usr/aarch64-linux-gnu"))
+    assert "neon: ok" in output
+
+
+def output_of(build: Path, folder: str, program: str, *options: str, runner: tuple[object, ...] = ()) -> str:
+    """What a test program built with these options of CMake prints."""
     cmake = [sys.executable, "-m", "cmake"]
     run(*cmake, "-S", TESTS / folder, "-B", build, "-G", "Ninja", *options)
     run(*cmake, "--build", build)
-    output = run(build / program)
+    output = run(*runner, build / program)
     assert " passed, 0 failed" in output
     return output
 
