@@ -7,21 +7,10 @@
 #include "../ops.h"
 #include "support.h"
 #include "symmetric_update.h"
+#include "tile_registers.h"
 #include "transpose.h"
 
-#if defined(__AMX_BF16__)
-#include <immintrin.h>
-#endif
-
 namespace kfac_fast::cpu::KFAC_FAST_ISA {
-
-#if defined(__AMX_BF16__)
-template <typename T>
-constexpr bool kHasMatrixTiles = sizeof(T) == sizeof(float);
-#else
-template <typename T>
-constexpr bool kHasMatrixTiles = false;
-#endif
 
 // Weighted rows are no bfloat16 numbers any more; they, and rows that are not contiguous, take the general path.
 template <typename T>
@@ -29,10 +18,6 @@ inline bool matrix_tiles_apply(const Rows& rows) {
   return kHasMatrixTiles<T> && rows.dtype == DType::bf16 && rows.conv == nullptr && rows.weights == nullptr &&
          rows.col_stride == 1;
 }
-
-constexpr int64_t kTileSide = 16;   // rows and columns of a tile of X^T X
-constexpr int64_t kTileDepth = 32;  // rows of X that one instruction consumes, two to a 32-bit word
-constexpr int64_t kTileWords = kTileSide * kTileSide;
 
 // Rows of X packed at a time: both forms of one pair of column tiles fit the first-level cache.
 constexpr int64_t kTileChunkRows = 256;
@@ -90,25 +75,6 @@ inline void pack_tiles(const Rows& rows, int64_t first, int64_t end, int64_t ste
     }
   }
 }
-
-// Tile registers set up for the life of this object. They are part of the thread's state, hence given back.
-class TileRegisters {
- public:
-  TileRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~TileRegisters() { _tile_release(); }
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-};
-
-// The compiler's tile loads do not say that they read memory.
-inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
 // sum (=, +=) left^T right on R x C tiles, R and C up to 2, over all steps of a chunk.
 template <int R, int C>

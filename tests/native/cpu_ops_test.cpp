@@ -14,6 +14,7 @@
 #include "factor_update_test.h"
 #include "inverse_test.h"
 #include "precondition_test.h"
+#include "split_float_test.h"
 
 namespace kfac_fast::test {
 namespace {
@@ -254,6 +255,7 @@ int main(int argc, char** argv) {
     if (std::strcmp(argv[i], "--threads") == 0 && i + 1 < argc) options.threads = std::atoi(argv[++i]);
   }
   test::Tally tally;
+  test::test_split_float(tally, options.exhaustive);
   for (const OpTable* table : cpu_tables()) {
     const int64_t failed_before = tally.failed;
     test::test_all<float>(tally, *table, options);
