@@ -45,6 +45,22 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(Tables tables, int cou
   }
 }
 
+constexpr int kTraceThreads = 128;
+
+// Traces of blocks, one CTA per block in a fixed order of summation.
+// Thread t sums the diagonal elements t, t + 128, ..., then the CTA adds up.
+// Latency: n strided loads per block, as little as there is to do.
+template <typename T>
+__global__ void __launch_bounds__(kTraceThreads) trace_kernel(const BlockEntry* blocks,  // [gridDim.x]
+                                                              const T* factors,          // [numel]
+                                                              T* trace) {                // [b]
+  const BlockEntry block = blocks[blockIdx.x];
+  T sum = 0;
+  for (int64_t i = threadIdx.x; i < block.size; i += kTraceThreads) sum += factors[block.offset + i * (block.size + 1)];
+  sum = sum_over_threads(sum, shared_memory<T>());
+  if (threadIdx.x == 0) trace[block.index] = sum;
+}
+
 struct Layout {
   BlockEntry* blocks;
   int32_t* first;
@@ -76,7 +92,8 @@ cudaError_t run(const Commit& op, const Context& ctx) {
                  count, factors, static_cast<T*>(op.pending), static_cast<const T*>(op.decay),
                  static_cast<const T*>(op.scale), op.gate);
   if (error != cudaSuccess) return error;
-  return launch_trace(blocks, count, factors, static_cast<T*>(op.trace), ctx.stream);
+  return launch(trace_kernel<T>, count, kTraceThreads, sizeof(T) * (kTraceThreads / kWarpSize), ctx.stream, blocks,
+                factors, static_cast<T*>(op.trace));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// factor_update's last step: C <- decay C + scale S, where S is whole at once or comes in chunks.
+// factor_update's last step: C <- decay C + scale S, where S is whole at once or comes in chunks; and the trace.
 #pragma once
 
 #include "rows.cuh"
@@ -12,7 +12,26 @@ struct FinishArguments {
   const T* decay;      // [b]
   const T* scale;      // [b]
   int32_t* nonfinite;  // [b] zeroed before
+  T* trace;            // [b]
+  T* trace_parts;      // scratch memory, per block [CTAs with a part of the diagonal]
+  int32_t* arrived;    // [b] of these CTAs; zeroed before
 };
+
+// Brings in a CTA's part of the trace, its threads' `own` together; the last CTA adds the parts up, in their order. All
+// threads call; `shared` holds one element per warp.
+template <typename T>
+__device__ void add_to_trace(const RowsEntry& rows, int part, T own, const FinishArguments<T>& to, T* shared) {
+  const T sum = sum_over_threads(own, shared);
+  if (threadIdx.x != 0) return;
+  volatile T* const parts = to.trace_parts + rows.trace;  // others write them: not to be taken from this CTA's cache
+  parts[part] = sum;
+  __threadfence();
+  if (atomicAdd(to.arrived + rows.index, 1) != rows.diagonal - 1) return;
+  __threadfence();
+  T total = T(0);
+  for (int i = 0; i < rows.diagonal; ++i) total += parts[i];
+  to.trace[rows.index] = total;
+}
 
 // decay == 0 starts afresh whatever C held, NaN included (the BLAS convention for beta).
 template <typename T>
@@ -32,6 +51,7 @@ __device__ void finish_tile(const RowsEntry& rows, const RowsItem& item, const F
   T* const partial = to.partials + item.partial;
   const int row0 = item.ti * kSide, column0 = item.tj * kSide;
   bool bad = false;
+  T diagonal = T(0);
   const auto write = [&](int r, int k, T& value) {
     const int row = row0 + r, column = column0 + k;
     if (row >= rows.size || column > row) return;
@@ -39,6 +59,7 @@ __device__ void finish_tile(const RowsEntry& rows, const RowsItem& item, const F
       T* const at = c + static_cast<int64_t>(row) * rows.size + column;
       bad = bad || !isfinite(value);
       *at = value = decayed(keep, *at, add * value);
+      if (row == column) diagonal += value;
     } else {
       partial[r * kSide + k] = value;
     }
@@ -54,7 +75,9 @@ __device__ void finish_tile(const RowsEntry& rows, const RowsItem& item, const F
       }
     }
   });
+  if (!whole) return;
   if (__syncthreads_or(bad) && threadIdx.x == 0) atomicOr(to.nonfinite + rows.index, 1);
+  if (item.ti == item.tj) add_to_trace(rows, item.ti, diagonal, to, staged);
 }
 
 constexpr int kFinishSide = 32, kFinishThreads = 256;
@@ -83,6 +106,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   constexpr int kRowsPerThread = kFinishSide * kFinishSide / kFinishThreads;
 
   bool bad = false;
+  T diagonal = T(0);
 #pragma unroll
   for (int s = 0; s < kRowsPerThread; ++s) {
     const int r = ty + s * (kFinishThreads / kFinishSide);
@@ -92,7 +116,9 @@ __global__ void __launch_bounds__(kFinishThreads)
     for (int chunk = 0; chunk < rows.chunks; ++chunk) sum += tile[chunk * chunk_numel + r * rows.side + tx];
     bad = bad || !isfinite(sum);
     T* const at = c + static_cast<int64_t>(row) * rows.size + column;
-    *at = mirror[r * (kFinishSide + 1) + tx] = decayed(keep, *at, add * sum);
+    const T value = decayed(keep, *at, add * sum);
+    *at = mirror[r * (kFinishSide + 1) + tx] = value;
+    if (row == column) diagonal += value;
   }
   const int any_bad = __syncthreads_or(bad);
   if (any_bad && threadIdx.x == 0) atomicOr(to.nonfinite + rows.index, 1);
@@ -104,6 +130,7 @@ __global__ void __launch_bounds__(kFinishThreads)
       c[static_cast<int64_t>(row) * rows.size + column] = mirror[tx * (kFinishSide + 1) + r];
     }
   }
+  if (pi == pj) add_to_trace(rows, pi, diagonal, to, mirror);
 }
 
 }  // namespace kfac_fast

@@ -26,8 +26,11 @@ __global__ void __launch_bounds__(MmaTile<E, kSide>::kThreads, MmaTile<E, kSide>
 
   const auto fill_operand = [&](E* stage, int tile, const PatchColumn* patches, int64_t k0) {
     if (rows.vectors) {
-      copy_vectors<Tile>(stage, static_cast<const E*>(rows.data), rows.row_stride, k0, item.end, tile * kSide, rows.d,
-                         rows.bias, [](int64_t) { return 1.0f; });
+      const E* const data = static_cast<const E*>(rows.data);
+      copy_vectors<Tile>(
+          stage, data, tile * kSide, rows.d, rows.bias,
+          [&](int k) { return k0 + k < item.end ? data + (k0 + k) * rows.row_stride : nullptr; },
+          [&](int k) { return k0 + k < item.end ? 1.0f : 0.0f; });
     } else {
       const RowsLoader<Tile, float, E> loader = {rows, conv, patches, tile * kSide, item.end, {rows.along_k}};
       gather<Tile>(stage, loader, k0);

@@ -1,18 +1,21 @@
 // factor_update: C <- decay C + scale X^T X for all blocks at once.
 //
-// The rows of a block are cut into chunks and its lower triangle into tiles, one CTA per (tile, chunk). Where there is
+// Convolutions of stride 1 go by shifted images (shifted_gram.cuh) where these take fewer products; for all others
+// the rows of a block are cut into chunks and its lower triangle into tiles, one CTA per (tile, chunk). Where there is
 // one chunk it updates C itself; else it writes a partial product to scratch memory and a second launch adds the chunks
 // in order, so that the result does not depend on which CTA ran first. How a block is cut depends on its own shape
 // only: its bits don't change with its company.
 #include <vector>
 
 #include "factor_mma.cuh"
+#include "shifted_finish.cuh"
+#include "shifted_product.cuh"
 
 namespace kfac_fast {
 namespace {
 
 // Rows per partial product: enough items for a device on their own where a block has many rows, but not so many that
-// partial products cost more than a quarter of the rows' traffic, nor so few that a chunk's sum loses digits.
+// partial products cost more than a quarter of the other traffic, nor so few that a chunk's sum loses digits.
 constexpr int64_t kWantedItems = 128, kMinChunkRows = 512, kMaxChunkRows = 4096;
 constexpr int64_t kTrafficRatio = 4;
 
@@ -49,24 +52,38 @@ __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kRes
 enum Kind : int { kFma, kThreeTf32, kTf32, kHalf, kBfloat16, kKinds };
 
 constexpr int kSides[] = {128, 64, 32};
-constexpr int kClasses = kKinds * 3;  // a kind and a tile size each
+
+// What the blocks of one launch have in common.
+struct Class {
+  bool shifted;
+  Kind kind;
+  int side;  // of a tile
+
+  static constexpr int kCount = 2 * kKinds * 3, kShifted = kKinds * 3;  // the first one by shifted images
+  explicit Class(int number)
+      : shifted(number >= kShifted), kind(Kind{number % kShifted / 3}), side(kSides[number % 3]) {}
+  Class(int n, Kind kind_) : shifted(false), kind(kind_), side(tile_side(n, kind_)) {}
+
+  bool operator==(const Class& other) const {
+    return shifted == other.shifted && kind == other.kind && side == other.side;
+  }
+  static int tile_side(int n, Kind kind) {
+    if (n <= 32) return 32;
+    return n <= 640 || kind == kFma ? 64 : 128;
+  }
+};
 
 // Tables and scratch of one call. Entries stand class by class, by decreasing size within one.
 template <typename T>
 struct Layout {
   Arena arena;
   RowsEntry* entries;
-  BlockEntry* blocks;
-  int32_t* first;         // [b + kClasses] items of the partial products, per class
-  int32_t* finish_first;  // [b + 1]
+  int32_t* first;         // [b + kCount] items of the partial products, per class
+  int32_t* finish_first;  // [b + 2] items of the last step, before and from begin[kShifted] on
+  int32_t* arrived;       // [b] zeros
   Conv* convs;
-  int begin[kClasses + 1];
-  T* partials;
-
-  static int side(int n, Kind kind) {
-    if (n <= 32) return 32;
-    return n <= 640 || kind == kFma ? 64 : 128;
-  }
+  int begin[Class::kCount + 1];
+  T *partials, *trace_parts;
 
   // 16-bit rows are multiplied as they are, exactly. Weights make them numbers that 16 bits don't hold.
   // float32 rows lose digits only by permission, and only where that is faster.
@@ -80,60 +97,100 @@ struct Layout {
     return rows.dtype == DType::f16 ? kHalf : kBfloat16;
   }
 
-  // Whole vectors of columns, all aligned, as they are: the tensor-core kernels copy them in the background.
-  static bool vectors(const Rows& rows) {
-    const int64_t columns = rows.dtype == DType::f32 ? 4 : 8;
-    return rows.conv == nullptr && rows.weights == nullptr && rows.col_stride == 1 && rows.row_stride % columns == 0 &&
-           rows.d % columns == 0 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
+  static int64_t width(const Rows& rows) {
+    return rows.dtype == DType::f64 ? 8 : rows.dtype == DType::f32 || rows.dtype == DType::tf32 ? 4 : 2;
+  }
+
+  // Whole vectors of columns, or of a pixel's channels, all aligned, as they are: the tensor-core kernels copy them in
+  // the background.
+  static bool vectors(const Rows& rows, bool shifted) {
+    const int64_t columns = 16 / width(rows);
+    if (rows.weights != nullptr || reinterpret_cast<uintptr_t>(rows.data) % 16 != 0) return false;
+    if (rows.conv == nullptr) return rows.col_stride == 1 && rows.row_stride % columns == 0 && rows.d % columns == 0;
+    const Conv& conv = *rows.conv;
+    const int64_t* const strides = conv.spatial_stride;
+    return shifted && conv.channel_stride == 1 &&
+           (conv.channels | conv.batch_stride | strides[0] | strides[1] | strides[2]) % columns == 0;
   }
 
   Layout(const FactorUpdate& op, const Context& memory, int device) : arena(memory) {
-    const int count = op.plan.count();
-    const int capability = compute_capability(device);
-    int conv_count = 0;
-    for (int i = 0; i < count; ++i) conv_count += op.rows[i].conv != nullptr;
+    const int count = op.plan.count(), capability = compute_capability(device);
+    int conv_count = 0, at = 0, conv = 0;
+    int64_t partial_numel = 0, parts = 0;
+    std::vector<RowsEntry> made;
+    std::vector<Class> classes;
+    for (const int32_t block : op.plan.by_decreasing_size()) {
+      classes.emplace_back(op.plan.size(block), kind(op.rows[block], op.dtype, capability));
+      made.push_back(make_entry(op, block, classes.back()));
+      conv_count += op.rows[block].conv != nullptr;
+    }
     entries = arena.table<RowsEntry>(count);
-    blocks = arena.table<BlockEntry>(count);
-    first = arena.table<int32_t>(count + kClasses);
-    finish_first = arena.table<int32_t>(count + 1);
+    first = arena.table<int32_t>(count + Class::kCount);
+    finish_first = arena.table<int32_t>(count + 2);
+    arrived = arena.table<int32_t>(count);
     convs = arena.table<Conv>(conv_count);
 
-    int at = 0, conv = 0;
-    int64_t partial_numel = 0;
     int32_t finish_items = 0;
-    for (int c = 0; c < kClasses; ++c) {
+    for (int c = 0; c < Class::kCount; ++c) {
       begin[c] = at;
       int32_t items = 0;
-      for (const int32_t block : op.plan.by_decreasing_size()) {
-        const Rows& rows = op.rows[block];
-        if (kind(rows, op.dtype, capability) != c / 3 || side(op.plan.size(block), Kind{c / 3}) != kSides[c % 3])
-          continue;
-        RowsEntry entry = make_entry(op, block, kSides[c % 3], partial_numel);
-        if (entry.chunks > 1) {
-          partial_numel += static_cast<int64_t>(entry.chunks) * lower_pairs(entry.tiles) * entry.side * entry.side;
-        }
+      if (c == Class::kShifted) {
+        if (entries != nullptr) finish_first[at] = finish_items;
+        finish_items = 0;
+      }
+      for (int i = 0; i < count; ++i) {
+        if (!(classes[i] == Class(c))) continue;
+        RowsEntry& entry = made[i];
+        const Rows& rows = op.rows[entry.index];
+        const Items own = count_items(entry, rows, classes[i].shifted);
+        entry.partial = partial_numel;
+        entry.trace = parts;
+        partial_numel += static_cast<int64_t>(own.partials) * entry.side * entry.side;
+        parts += entry.diagonal;
         if (entries != nullptr) {  // else measuring
           if (rows.conv != nullptr) {
             convs[conv] = *rows.conv;
             entry.conv = conv++;
           }
           entries[at] = entry;
-          blocks[at] = {entry.factor, entry.size, entry.index};
+          arrived[at] = 0;
           first[at + c] = items;
-          finish_first[at] = finish_items;
-          items += entry.chunks * lower_pairs(entry.tiles);
-          if (entry.chunks != 1) finish_items += lower_pairs(static_cast<int>(ceil_div(entry.size, kFinishSide)));
+          finish_first[at + (c >= Class::kShifted)] = finish_items;
         }
+        items += own.products;
+        finish_items += own.finish;
         ++at;
       }
       if (entries != nullptr) first[at + c] = items;
     }
-    begin[kClasses] = at;
-    if (entries != nullptr) finish_first[at] = finish_items;
+    begin[Class::kCount] = at;
+    if (entries != nullptr) finish_first[at + 1] = finish_items;
     partials = arena.scratch<T>(partial_numel);
+    trace_parts = arena.scratch<T>(parts);
   }
 
-  static RowsEntry make_entry(const FactorUpdate& op, int index, int side, int64_t partial) {
+  // CTAs of the products, tiles of partial products that they leave, and CTAs of the last step.
+  struct Items {
+    int products, partials, finish;
+  };
+  static Items count_items(RowsEntry& entry, const Rows& rows, bool shifted) {
+    if (shifted) {
+      const ShiftedShape shape(*rows.conv, rows.bias, entry.side);
+      const int products = entry.chunks * shape.core_items() + entry.border_chunks * shape.border_items();
+      entry.diagonal = static_cast<int32_t>(ceil_div(shape.channels + shape.ones, finish_channels(shape.offsets)));
+      return {products, products, lower_pairs(entry.diagonal)};
+    }
+    const int products = entry.chunks * lower_pairs(entry.tiles);
+    if (entry.chunks == 1) {
+      entry.diagonal = entry.tiles;
+      return {products, 0, 0};
+    }
+    entry.diagonal = static_cast<int32_t>(ceil_div(entry.size, kFinishSide));
+    return {products, products, lower_pairs(entry.diagonal)};
+  }
+
+  // Decides on `own.shifted`.
+  static RowsEntry make_entry(const FactorUpdate& op, int index, Class& own) {
     const Rows& rows = op.rows[index];
     RowsEntry entry = {};
     entry.data = rows.data;
@@ -142,66 +199,104 @@ struct Layout {
     entry.row_stride = rows.row_stride;
     entry.col_stride = rows.col_stride;
     entry.factor = op.plan.offset(index);
-    entry.partial = partial;
     entry.d = static_cast<int32_t>(rows.d);
     entry.size = op.plan.size(index);
-    entry.side = side;
-    entry.tiles = static_cast<int32_t>(ceil_div(entry.size, entry.side));
-    const int64_t wanted = ceil_div(kWantedItems, std::max(lower_pairs(entry.tiles), 1));
-    const int64_t even = ceil_div(ceil_div(rows.m, wanted), 32) * 32;
-    const int64_t width = rows.dtype == DType::f64 ? 8 : rows.dtype == DType::f32 ? 4 : 2;
-    const int64_t cheap = ceil_div(kTrafficRatio * entry.size * static_cast<int64_t>(sizeof(T)) / width, 32) * 32;
-    entry.chunk_rows = std::min(std::max({even, cheap, kMinChunkRows}), kMaxChunkRows);
-    entry.chunks = static_cast<int32_t>(ceil_div(rows.m, entry.chunk_rows));
     entry.conv = -1;
     entry.index = index;
     entry.dtype = rows.dtype;
     entry.bias = rows.bias;
     entry.along_k = rows.conv != nullptr || rows.row_stride < rows.col_stride;
-    entry.vectors = vectors(rows);
+    entry.one = 1.0f;
+    cut(entry, rows, own);
+    entry.vectors = vectors(rows, own.shifted);
     return entry;
+  }
+
+  // Tiles and chunks. Partial products are written once and read once; they shall not take more than a quarter of the
+  // bytes that the update takes anyway.
+  static void cut(RowsEntry& entry, const Rows& rows, Class& own) {
+    const int64_t n = entry.size, out_width = sizeof(T);
+    const int64_t products = lower_pairs(static_cast<int>(ceil_div(n, own.side)));
+    int64_t bytes = rows.m * n * width(rows);
+    if (rows.conv != nullptr) {
+      const Conv& conv = *rows.conv;
+      bytes = conv.batch * conv.channels * conv.size[0] * conv.size[1] * conv.size[2] * width(rows);
+      bytes += n * n * out_width * 3 / 2;
+      const int side = conv.channels <= 32 ? 32 : 64;
+      const double direct = static_cast<double>(rows.m) * products * own.side * own.side;
+      const ShiftedChunks shifted = shifted_chunks(rows, side, out_width, direct, bytes / kTrafficRatio);
+      if (shifted.chunks > 0) {
+        own.shifted = true;
+        own.side = entry.side = side;
+        entry.chunks = shifted.chunks;
+        entry.border_chunks = shifted.border_chunks;
+        entry.along_k = conv.channel_stride != 1;
+        return;
+      }
+    }
+    entry.side = own.side;
+    entry.tiles = static_cast<int32_t>(ceil_div(n, own.side));
+    const int64_t wanted = ceil_div(kWantedItems, std::max<int64_t>(products, 1));
+    const int64_t affordable = std::max<int64_t>(bytes / (kTrafficRatio * std::max<int64_t>(n * n, 1) * out_width), 1);
+    const int64_t even = ceil_div(ceil_div(rows.m, std::min(wanted, affordable)), 32) * 32;
+    entry.chunk_rows = std::min(std::max(even, kMinChunkRows), kMaxChunkRows);
+    entry.chunks = static_cast<int32_t>(ceil_div(rows.m, entry.chunk_rows));
   }
 };
 
-// Products of the blocks of one class. Tile: how a CTA of the kernel is organised.
+// Products of the blocks of one class. Tile: how a CTA of the kernel is organised; kernel: what it does with rows as
+// they are, and with shifted images.
 template <typename Tile, typename T>
-cudaError_t launch_products(void (*kernel)(RowsTables, int, FinishArguments<T>), const Layout<T>& layout, int c,
-                            const FinishArguments<T>& finish, const Context& ctx) {
+cudaError_t launch_products(void (*kernel)(RowsTables, int, FinishArguments<T>), void (*shifted)(RowsTables, int, T*),
+                            const Layout<T>& layout, int c, const FinishArguments<T>& finish, const Context& ctx) {
   const int begin = layout.begin[c], count = layout.begin[c + 1] - begin;
   const int32_t* const first = layout.first + begin + c;
   const RowsTables tables = {layout.arena.on_device(layout.entries + begin), layout.arena.on_device(first),
                              layout.arena.on_device(layout.convs)};
+  if (Class(c).shifted) {
+    return launch(shifted, first[count], Tile::kThreads, Tile::kSharedBytes + Pixels<Tile::kDepth>::kSharedBytes,
+                  ctx.stream, tables, count, finish.partials);
+  }
   const size_t shared_bytes = Tile::kSharedBytes + 2 * Tile::kSide * sizeof(PatchColumn);
   return launch(kernel, first[count], Tile::kThreads, shared_bytes, ctx.stream, tables, count, finish);
 }
 
+template <typename E, int kSide>
+cudaError_t launch_mma(const Layout<float>& layout, int c, const FinishArguments<float>& finish, const Context& ctx) {
+  void (*shifted)(RowsTables, int, float*) = nullptr;  // channels are not cut into tiles of 128
+  if constexpr (kSide <= 64) shifted = shifted_gram_mma_kernel<E, kSide>;
+  return launch_products<MmaTile<E, kSide>>(factor_update_mma_kernel<E, kSide>, shifted, layout, c, finish, ctx);
+}
+
 template <int kSide>
 cudaError_t launch_mma(const Layout<float>& layout, int c, const FinishArguments<float>& finish, const Context& ctx) {
-  switch (c / 3) {
+  switch (Class(c).kind) {
     case kHalf:
-      return launch_products<MmaTile<__half, kSide>>(factor_update_mma_kernel<__half, kSide>, layout, c, finish, ctx);
+      return launch_mma<__half, kSide>(layout, c, finish, ctx);
     case kBfloat16:
-      return launch_products<MmaTile<__nv_bfloat16, kSide>>(factor_update_mma_kernel<__nv_bfloat16, kSide>, layout, c,
-                                                            finish, ctx);
+      return launch_mma<__nv_bfloat16, kSide>(layout, c, finish, ctx);
     case kTf32:
-      return launch_products<MmaTile<Tf32, kSide>>(factor_update_mma_kernel<Tf32, kSide>, layout, c, finish, ctx);
+      return launch_mma<Tf32, kSide>(layout, c, finish, ctx);
     default:
-      return launch_products<MmaTile<float, kSide>>(factor_update_mma_kernel<float, kSide>, layout, c, finish, ctx);
+      return launch_mma<float, kSide>(layout, c, finish, ctx);
   }
+}
+
+template <typename T, int kSide>
+cudaError_t launch_fma(const Layout<T>& layout, int c, const FinishArguments<T>& finish, const Context& ctx) {
+  return launch_products<Tile<T, kSide>>(factor_update_fma_kernel<T, kSide>, shifted_gram_fma_kernel<T, kSide>, layout,
+                                         c, finish, ctx);
 }
 
 template <typename T>
 cudaError_t launch_class(const Layout<T>& layout, int c, const FinishArguments<T>& finish, const Context& ctx) {
-  const int side = kSides[c % 3];
-  if (c / 3 == kFma) {
-    if (side == 64) {
-      return launch_products<Tile<T, 64>>(factor_update_fma_kernel<T, 64>, layout, c, finish, ctx);
-    }
-    return launch_products<Tile<T, 32>>(factor_update_fma_kernel<T, 32>, layout, c, finish, ctx);
+  const Class own(c);
+  if (own.kind == kFma) {
+    return own.side == 64 ? launch_fma<T, 64>(layout, c, finish, ctx) : launch_fma<T, 32>(layout, c, finish, ctx);
   }
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (side == 128) return launch_mma<128>(layout, c, finish, ctx);
-    if (side == 64) return launch_mma<64>(layout, c, finish, ctx);
+    if (own.side == 128) return launch_mma<128>(layout, c, finish, ctx);
+    if (own.side == 64) return launch_mma<64>(layout, c, finish, ctx);
     return launch_mma<32>(layout, c, finish, ctx);
   }
   return cudaSuccess;  // double precision has no other kind
@@ -210,24 +305,35 @@ cudaError_t launch_class(const Layout<T>& layout, int c, const FinishArguments<T
 template <typename T>
 cudaError_t run(const FactorUpdate& op, const Context& ctx) {
   const Layout<T> layout(op, ctx, ctx.device);
-  const int count = op.plan.count();
-  const FinishArguments<T> finish = {layout.partials, static_cast<T*>(op.factors), static_cast<const T*>(op.decay),
-                                     static_cast<const T*>(op.scale), op.nonfinite};
+  const int count = op.plan.count(), direct = layout.begin[Class::kShifted];
+  const FinishArguments<T> finish = {layout.partials,
+                                     static_cast<T*>(op.factors),
+                                     static_cast<const T*>(op.decay),
+                                     static_cast<const T*>(op.scale),
+                                     op.nonfinite,
+                                     static_cast<T*>(op.trace),
+                                     layout.trace_parts,
+                                     const_cast<int32_t*>(layout.arena.on_device(layout.arrived))};
+  const cudaStream_t stream = static_cast<cudaStream_t>(ctx.stream);
   cudaError_t error = layout.arena.upload(ctx.stream);
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(op.nonfinite, 0, sizeof(int32_t) * count, static_cast<cudaStream_t>(ctx.stream));
+  if (error == cudaSuccess) error = cudaMemsetAsync(op.nonfinite, 0, sizeof(int32_t) * count, stream);
+  if (error == cudaSuccess && op.plan.size(op.plan.by_decreasing_size().back()) == 0) {  // nobody works on an empty one
+    error = cudaMemsetAsync(op.trace, 0, sizeof(T) * count, stream);
   }
-  for (int c = 0; c < kClasses && error == cudaSuccess; ++c) {
+  for (int c = 0; c < Class::kCount && error == cudaSuccess; ++c) {
     if (layout.begin[c] == layout.begin[c + 1]) continue;
     error = launch_class(layout, c, finish, ctx);
   }
   if (error != cudaSuccess) return error;
-  error = launch(factor_update_finish_kernel<T>, layout.finish_first[count], kFinishThreads,
+  error = launch(factor_update_finish_kernel<T>, layout.finish_first[direct], kFinishThreads,
                  sizeof(T) * kFinishSide * (kFinishSide + 1), ctx.stream, layout.arena.on_device(layout.entries),
-                 layout.arena.on_device(layout.finish_first), count, finish);
-  if (error != cudaSuccess) return error;
-  return launch_trace(layout.arena.on_device(layout.blocks), count, finish.factors, static_cast<T*>(op.trace),
-                      ctx.stream);
+                 layout.arena.on_device(layout.finish_first), direct, finish);
+  if (error != cudaSuccess || direct == count) return error;
+  const int32_t* const first = layout.finish_first + direct + 1;
+  const RowsTables tables = {layout.arena.on_device(layout.entries + direct), layout.arena.on_device(first),
+                             layout.arena.on_device(layout.convs)};
+  return launch(shifted_gram_finish_kernel<T>, first[count - direct], kFinishThreads, kShiftedFinishBytes<T>,
+                ctx.stream, tables, count - direct, finish);
 }
 
 }  // namespace

@@ -268,7 +268,8 @@ __global__ void __launch_bounds__(GlobalTile<T>::kThreads, 2)
     using Tile = GlobalMmaTile;
     T* const q = i == j ? shared : shared + Tile::kStages * Tile::kStage;
     const auto copy = [](T* stage, const T* w, int64_t k0) {
-      copy_vectors<Tile>(stage, w, kGlobalSide, k0, kGlobalSide, 0, kGlobalSide, false, [](int64_t) { return T(0); });
+      copy_vectors<Tile>(
+          stage, w, 0, kGlobalSide, false, [&](int k) { return w + (k0 + k) * kGlobalSide; }, [](int) { return T(0); });
     };
     MmaSums<Tile> sums;
     multiply_pipelined<Tile>(sums, 0, kGlobalSide, shared, q, [&](int stage, int64_t k0) {

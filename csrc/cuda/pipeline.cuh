@@ -18,13 +18,18 @@ struct MmaTile {
   static constexpr int kResident = kSide == 32 ? 7 : kSide == 64 ? 3 : 1;  // CTAs that registers are left for
   static constexpr int kRows = kSide == 32 ? 1 : 2, kColumns = kSide == 128 ? 8 : 4;
   static constexpr int kWarpsAcross = kSide / (8 * kColumns);
-  static constexpr int kDepth = 64 / sizeof(E);
+  static constexpr int kDepth = 64 / sizeof(E), kRun = 32 / sizeof(E);  // a run along k: a sector
   static constexpr int kStages = 3;
   static constexpr int kStride = kSide + 8;  // rows of one column (f32), 16 bytes of 8 rows (16 bits): different banks
   static constexpr int kStage = kDepth * kStride;
   static constexpr int kLoads = kSide * kDepth / kThreads;
   static constexpr int kVector = 16 / sizeof(E);  // columns
   static constexpr size_t kSharedBytes = sizeof(E) * 2 * kStages * kStage;
+
+  // Place of an element in a stage. Every other group of four rows of 32-bit numbers has its columns exchanged by
+  // fours, so that runs along k go to different banks; tiles of 128 have no registers left for that.
+  static constexpr bool kExchanged = sizeof(E) == 4 && kSide < 128;
+  __device__ static int place(int k, int column) { return k * kStride + (kExchanged ? column ^ (k & 4) : column); }
 };
 
 // Of float, single precision from three products of tf32 numbers: x = high + low with 11 bits each, and low low is
@@ -50,7 +55,7 @@ struct Fragments {
 #pragma unroll
     for (int c = 0; c < Tile::kColumns; ++c) {
 #pragma unroll
-      for (int w = 0; w < 2; ++w) b[c][w] = word(q + (t + w * 4) * Tile::kStride + 8 * c + g);
+      for (int w = 0; w < 2; ++w) b[c][w] = word(q + Tile::place(t + w * 4, g) + 8 * c);
     }
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
@@ -58,7 +63,7 @@ struct Fragments {
       [[maybe_unused]] uint32_t a_low[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        a[w] = word(p + (t + w / 2 * 4) * Tile::kStride + 16 * r + g + w % 2 * 8);
+        a[w] = word(p + Tile::place(t + w / 2 * 4, g) + 16 * r + w % 2 * 8);
         a_low[w] = low(a[w]);
       }
 #pragma unroll
@@ -123,7 +128,7 @@ __device__ __forceinline__ void gather(typename Tile::E* stage, const Loader& lo
     loader.load(x, k0, first);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      store_as(stage + loader.slots.k(first + i) * Tile::kStride + loader.slots.column(first + i), x[i]);
+      store_as(stage + Tile::place(loader.slots.k(first + i), loader.slots.column(first + i)), x[i]);
     }
   }
 }
@@ -136,28 +141,28 @@ __device__ __forceinline__ void copy_elements(float* stage, const LoadSlots<Tile
   for (int i = 0; i < Tile::kLoads; ++i) {
     const int k = slots.k(i), column = slots.column(i);
     const float* const from = at(k, column);
-    copy_async<4>(stage + k * Tile::kStride + column, from == nullptr ? anywhere : from, from != nullptr);
+    copy_async<4>(stage + Tile::place(k, column), from == nullptr ? anywhere : from, from != nullptr);
   }
 }
 
-// Starts to bring rows of whole vectors into a stage: elements of [0, rows) x [0, columns) from `row0` (that of row k0)
-// and `column0` on, zeros beyond. Column `columns` is `last(k)` where `extra`.
-template <typename Tile, typename Last>
-__device__ __forceinline__ void copy_vectors(typename Tile::E* stage, const typename Tile::E* data, int64_t stride,
-                                             int64_t k0, int64_t rows, int column0, int columns, bool extra,
-                                             Last&& last) {
+// Starts to bring rows of whole vectors into a stage: elements of [0, columns) from `column0` on, zeros beyond. row(k)
+// says where row k0 + k starts; null is a row of zeros. Column `columns` is `last(k)` where `extra`.
+template <typename Tile, typename Row, typename Last>
+__device__ __forceinline__ void copy_vectors(typename Tile::E* stage, const typename Tile::E* anywhere, int column0,
+                                             int columns, bool extra, Row&& row, Last&& last) {
   constexpr int kPerRow = Tile::kSide / Tile::kVector;
-  const int column = column0 + static_cast<int>(threadIdx.x) % kPerRow * Tile::kVector;
+  const int own = static_cast<int>(threadIdx.x) % kPerRow * Tile::kVector, column = column0 + own;
 #pragma unroll
   for (int i = 0; i < Tile::kLoads / Tile::kVector; ++i) {
     const int k = static_cast<int>(threadIdx.x) / kPerRow + i * (Tile::kThreads / kPerRow);
-    const bool inside = k0 + k < rows && column < columns;
-    typename Tile::E* const to = stage + k * Tile::kStride + column - column0;
+    typename Tile::E* const to = stage + Tile::place(k, own);
     if (!extra || column != columns) {
-      copy_async<16>(to, inside ? data + (k0 + k) * stride + column : data, inside);
+      const typename Tile::E* const from = row(k);
+      const bool inside = from != nullptr && column < columns;
+      copy_async<16>(to, inside ? from + column : anywhere, inside);
     } else {
 #pragma unroll
-      for (int v = 0; v < Tile::kVector; ++v) store_as(to + v, v == 0 && k0 + k < rows ? last(k0 + k) : 0.0f);
+      for (int v = 0; v < Tile::kVector; ++v) store_as(to + v, v == 0 ? last(k) : 0.0f);
     }
   }
 }

@@ -50,7 +50,9 @@ struct DenseLoader {
 
   __device__ __forceinline__ void fill(T* stage, int64_t k0) const {
     if (aligned(data, stride)) {
-      copy_vectors<Tile>(stage, data, stride, k0, rows, column0, columns, false, [](int64_t) { return T(0); });
+      copy_vectors<Tile>(
+          stage, data, column0, columns, false,
+          [&](int k) { return k0 + k < rows ? data + (k0 + k) * stride : nullptr; }, [](int) { return T(0); });
     } else {
       copy_elements<Tile>(stage, slots, data, [&](int k, int c) {
         const bool inside = k0 + k < rows && column0 + c < columns;
@@ -91,9 +93,12 @@ struct GradientLoader {
     const Matrix& v = layer.v;
     const int columns = layer.columns - (v.bias != nullptr);
     if (v.dtype == DType::f32 && v.col_stride == 1 && columns % 4 == 0 && aligned(v.data, v.row_stride)) {
-      copy_vectors<Tile>(stage, static_cast<const float*>(v.data), v.row_stride, k0, layer.rows, column0, columns,
-                         v.bias != nullptr,
-                         [&](int64_t row) { return static_cast<const float*>(v.bias)[row * v.bias_stride]; });
+      const float* const data = static_cast<const float*>(v.data);
+      const float* const bias = static_cast<const float*>(v.bias);
+      copy_vectors<Tile>(
+          stage, data, column0, columns, bias != nullptr,
+          [&](int k) { return k0 + k < layer.rows ? data + (k0 + k) * v.row_stride : nullptr; },
+          [&](int k) { return k0 + k < layer.rows ? bias[(k0 + k) * v.bias_stride] : 0.0f; });
     } else if (v.dtype == DType::f32) {
       copy_elements<Tile>(stage, slots, static_cast<const float*>(v.data), [&](int k, int c) -> const float* {
         if (k0 + k >= layer.rows || column0 + c >= layer.columns) return nullptr;

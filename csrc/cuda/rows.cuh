@@ -14,14 +14,18 @@ struct RowsEntry {
   int64_t m, row_stride, col_stride;
   int64_t factor;               // offset of C in the buffer of factors
   int64_t partial;              // offset of this block's partial products in scratch memory
+  int64_t trace;                // offset of the parts of the trace in their scratch memory
   int64_t chunk_rows;           // rows of one partial product
   int32_t d, size;              // columns without and with the bias column
   int32_t side, tiles, chunks;  // side of a tile, tiles per side of C, partial products per tile
+  int32_t border_chunks;        // of a convolution by shifted images: partial products per tile of a border
+  int32_t diagonal;             // CTAs of the last step that hold a part of the diagonal
   int32_t conv;                 // index of the Conv, or -1
   int32_t index;                // in the arrays with one element per block
   DType dtype;
   bool bias, along_k;
   bool vectors;  // rows can be read 16 bytes at a time
+  float one;     // 1, for copies in the background to read
 };
 
 // One CTA's share of factor_update: one tile of a block's lower triangle over one chunk of its rows.

@@ -159,7 +159,7 @@ __device__ inline void store4_shared(double* p, const double (&v)[4]) {
 template <typename T, int kSide_>
 struct Tile {
   static constexpr int kSide = kSide_;
-  static constexpr int kDepth = 16;
+  static constexpr int kDepth = 16, kRun = 16;
   static constexpr int kMicro = kSide == 128 ? 8 : 4;
   static constexpr int kGroups = kMicro / 4;
   static constexpr int kThreadsPerSide = kSide / kMicro;
@@ -177,17 +177,21 @@ struct Tile {
   __device__ static int column(int c) { return group(static_cast<int>(threadIdx.x) % kThreadsPerSide, c / 4) + c % 4; }
 };
 
-// Where a thread's loads go: along the columns of the operand (coalesced for row-major data), or along k.
+// Where a thread's loads go: along the columns of the operand (coalesced for row-major data), or along k, where a warp
+// takes kRun rows of 32 / kRun columns.
 template <typename Tile>
 struct LoadSlots {
   bool along_k;
+  static constexpr int kAcross = kWarpSize / Tile::kRun, kWarps = Tile::kDepth / Tile::kRun;
   __device__ int k(int i) const {
     const int t = static_cast<int>(threadIdx.x);
-    return along_k ? t % Tile::kDepth : t / Tile::kSide + i * (Tile::kThreads / Tile::kSide);
+    return along_k ? t % Tile::kRun + t / kWarpSize % kWarps * Tile::kRun
+                   : t / Tile::kSide + i * (Tile::kThreads / Tile::kSide);
   }
   __device__ int column(int i) const {
     const int t = static_cast<int>(threadIdx.x);
-    return along_k ? t / Tile::kDepth + i * (Tile::kThreads / Tile::kDepth) : t % Tile::kSide;
+    return along_k ? t / Tile::kRun % kAcross + t / kWarpSize / kWarps * kAcross + i * (Tile::kThreads / Tile::kDepth)
+                   : t % Tile::kSide;
   }
 };
 
@@ -287,27 +291,5 @@ struct BlockEntry {
   int32_t size;    // n
   int32_t index;   // in the arrays with one element per block
 };
-
-constexpr int kTraceThreads = 128;
-
-// Traces of blocks, one CTA per block in a fixed order of summation.
-// Thread t sums the diagonal elements t, t + 128, ..., then the CTA adds up.
-// Latency: n strided loads per block, as little as there is to do.
-template <typename T>
-__global__ void __launch_bounds__(kTraceThreads) trace_kernel(const BlockEntry* blocks,  // [gridDim.x]
-                                                              const T* factors,          // [numel]
-                                                              T* trace) {                // [b]
-  const BlockEntry block = blocks[blockIdx.x];
-  T sum = 0;
-  for (int64_t i = threadIdx.x; i < block.size; i += kTraceThreads) sum += factors[block.offset + i * (block.size + 1)];
-  sum = sum_over_threads(sum, shared_memory<T>());
-  if (threadIdx.x == 0) trace[block.index] = sum;
-}
-
-template <typename T>
-cudaError_t launch_trace(const BlockEntry* blocks, int count, const T* factors, T* trace, void* stream) {
-  return launch(trace_kernel<T>, count, kTraceThreads, sizeof(T) * (kTraceThreads / kWarpSize), stream, blocks, factors,
-                trace);
-}
 
 }  // namespace kfac_fast

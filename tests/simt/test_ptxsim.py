@@ -132,6 +132,18 @@ def patches(image: np.ndarray, kernel: int) -> np.ndarray:
     return windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, image.shape[1] * kernel * kernel)
 
 
+def flat(array: np.ndarray) -> np.ndarray:
+    """Its memory as one dimension."""
+    return array.ravel(order="K")
+
+
+def lines(image: np.ndarray, kernel: int, pad: int) -> np.ndarray:
+    """Patches of a [batch, channels, width] image, as rows."""
+    padded = np.pad(image, ((0, 0), (0, 0), (pad, pad)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=2)
+    return windows.transpose(0, 2, 1, 3).reshape(-1, image.shape[1] * kernel)
+
+
 def as_kind(values: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Values in the type that a kind of rows has, and what they have become."""
     if kind == "bf16":
@@ -166,6 +178,12 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
     whole, x_whole = as_kind(rng.standard_normal((m, d // 8 * 8)), kind)
     turned, x_turned = as_kind(rng.standard_normal((d, 20)), kind)
     image, x_image = as_kind(rng.standard_normal((2, d // 9, 4, 5)), kind)
+    # Wide enough to go by shifted images; the second one channels-last.
+    channels, length, kernel = (32, 1200, 3) if side == 32 else (64, 1700, 2)
+    pad = kernel // 2 if side == 32 else 0
+    wide, x_wide = as_kind(rng.standard_normal((2, channels, length)), kind)
+    if side == 64:
+        wide = np.ascontiguousarray(wide.transpose(0, 2, 1)).transpose(0, 2, 1)
     weights = rng.choice([0, 0.25, 1, 4], m) if kind == "tf32" else rng.uniform(0, 1, m)
     weights = weights.astype(dtype)
     one = np.ones((m, 1))
@@ -178,6 +196,7 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
         np.hstack([patches(x_image, 3), np.ones((40, 1))]),
     ]
     biases = [True, True, True, False, True]
+    convs = [None] * 4 + [((3, 3), (1, 1), (1, 1), (1, 1), (4, 5), 1, 0)]
     width = plain.itemsize
     sources = [
         (plain, (m, d - 1), (d - 1, 1)),
@@ -186,11 +205,17 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
         (turned, (20, d), (1, 20)),
         (image, image.shape, tuple(s // width for s in image.strides)),
     ]
-    address = {id(array): device.put(array, "rows") for array in (plain, whole, turned, image)}
+    if side < 128:
+        patterns = lines(x_wide, kernel, pad)
+        expected_rows.append(np.hstack([patterns, np.ones((len(patterns), 1))]))
+        biases.append(True)
+        convs.append(((kernel,), (1,), (pad,), (1,), (len(patterns) // 2,), 1, 0))
+        sources.append((wide, wide.shape, tuple(s // width for s in wide.strides)))
+    arrays = {id(array): array for array, _, _ in sources}
+    address = {key: device.put(flat(array), "rows") for key, array in arrays.items()}
     views = _C.TensorViews(
         [(address[id(array)], ROW_KINDS[kind], 1 << 32, shape, strides) for array, shape, strides in sources]
     )
-    convs = [None] * 4 + [((3, 3), (1, 1), (1, 1), (1, 1), (4, 5), 1, 0)]
     weight = device.put(weights, "weights")
     sizes = [x.shape[1] for x in expected_rows]
     plan = _C.Plan(sizes)
@@ -199,7 +224,7 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
     halves, twos = (device.put(np.full(len(sizes), x, dtype), "coefficients") for x in (0.5, 2.0))
     outputs = device.put(traces, "trace", True), device.put(nonfinite, "nonfinite", True)
     c = device.put(factors, "factors")
-    device.run(
+    launches = device.run(
         "factor_update",
         lambda table, call: table.factor_update(
             call,
@@ -209,13 +234,14 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
             views,
             convs,
             biases,
-            [weight, 0, weight, 0, 0],
+            [weight, 0, weight, 0, 0, 0][: len(sizes)],
             halves,
             twos,
             *outputs,
         ),
         SEED,
     )
+    assert any("shifted" in launch.kernel for launch in launches) == (side < 128)
     assert not nonfinite.any()
     for i, (x, got) in enumerate(zip(expected_rows, blocks_of(factors, plan, sizes), strict=True)):
         assert (got == got.T).all()

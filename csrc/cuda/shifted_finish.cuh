@@ -1,0 +1,118 @@
+// The last step of a convolution's update by shifted images: C <- decay C + scale S with S from the products of cores
+// and borders, which lie channels by channels, while C's rows are (channel, kernel offset).
+#pragma once
+
+#include "factor_finish.cuh"
+#include "shifted_gram.cuh"
+
+namespace kfac_fast {
+
+// Channels of a CTA's piece of C, per side: the piece has at most 72 rows.
+__host__ __device__ inline int finish_channels(int offsets) { return offsets <= 9 ? 8 : offsets <= 18 ? 4 : 2; }
+
+// Shared memory of a CTA: what there is to know about each pair of offsets, and the piece.
+struct OffsetPair {
+  int16_t a, b, shift, bordered;
+};
+constexpr int kShiftedFinishSide = 72;
+template <typename T>
+constexpr size_t kShiftedFinishBytes =
+    sizeof(OffsetPair) * lower_pairs(kMaxShiftedOffsets) + sizeof(T) * kShiftedFinishSide * (kShiftedFinishSide + 1);
+
+// Element (i, j) of block (a, b), i and j channels: its chunks in order, the core's before the border's.
+template <typename T>
+__device__ T shifted_sum(const RowsEntry& rows, const ShiftedShape& shape, const OffsetPair& pair, int i, int j,
+                         const T* partials) {
+  const int64_t numel = static_cast<int64_t>(rows.side) * rows.side;
+  const int ti = i / rows.side, tj = j / rows.side, in_tile = i % rows.side * rows.side + j % rows.side;
+  const T* const core = partials + rows.partial + shape.core_item(pair.shift, ti, tj) * numel + in_tile;
+  const int64_t core_numel = shape.core_items() * numel, border_numel = shape.border_items() * numel;
+  T sum = T(0);
+  for (int chunk = 0; chunk < rows.chunks; ++chunk) sum += core[chunk * core_numel];
+  if (pair.bordered == 0) return sum;
+  const T* const border =
+      partials + rows.partial + rows.chunks * core_numel + shape.border_item(pair.a, pair.b, ti, tj) * numel + in_tile;
+  for (int chunk = 0; chunk < rows.border_chunks; ++chunk) sum += border[chunk * border_numel];
+  return sum;
+}
+
+// C <- decay C + scale S, both triangles, whether S is finite, and the trace.
+// One CTA per lower piece of a few channels by as many, with all their kernel offsets; it is put together in shared
+// memory, where the elements of a row come from as many products as the kernel has offsets.
+// Memory: reads every product once, reads half of C and writes all of it.
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads)
+    shifted_gram_finish_kernel(RowsTables tables, int count, FinishArguments<T> to) {
+  const int item = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int owner = find_owner(tables.first, count, item);
+  const RowsEntry& rows = tables.entries[owner];
+  const Conv& conv = tables.convs[rows.conv];
+  const ShiftedShape shape(conv, rows.bias, rows.side);
+  int gi, gj;
+  lower_pair(item - tables.first[owner], gi, gj);
+  const int offsets = shape.offsets, group = finish_channels(offsets), stride = group * offsets + 1;
+  const int row_channel = gi * group, column_channel = gj * group;
+  OffsetPair* const pairs = shared_memory<OffsetPair>();
+  T* const piece = reinterpret_cast<T*>(pairs + lower_pairs(kMaxShiftedOffsets));  // [group * offsets, stride]
+
+  for (int p = thread; p < lower_pairs(offsets); p += kFinishThreads) {
+    int a, b, from[3], to_offset[3];
+    lower_pair(p, b, a);
+    shape.offset(a, from);
+    shape.offset(b, to_offset);
+    const int d[3] = {to_offset[0] - from[0], to_offset[1] - from[1], to_offset[2] - from[2]};
+    const ShiftedRegion border(conv, d, from, false);
+    pairs[p] = {static_cast<int16_t>(a), static_cast<int16_t>(b), static_cast<int16_t>(shape.shift_number(d)),
+                static_cast<int16_t>(border.pixels() > 0)};
+  }
+  __syncthreads();
+
+  // Blocks (a, b) with the piece's rows as first channel, then, where they are others, its columns. Neighbouring
+  // threads take neighbouring second channels.
+  const int elements = group * group, units = lower_pairs(offsets) * elements;
+  for (int u = thread; u < (gi == gj ? 1 : 2) * units; u += kFinishThreads) {
+    const bool turned = u >= units;
+    const OffsetPair pair = pairs[u % units / elements];
+    const int first = u % elements / group, second = u % group;
+    const int i = (turned ? column_channel : row_channel) + first, j = (turned ? row_channel : column_channel) + second;
+    const bool zero = pair.a == pair.b;
+    const int limit = shape.channels + (zero ? shape.ones : 0);
+    if (i >= limit || j >= limit || (zero && (turned || i < j))) continue;
+    // A single row and column of C belongs to the ones, taken from the first offset where both channels are.
+    if (j == shape.channels && pair.a > 0) continue;
+    int row = first * offsets + (i == shape.channels ? 0 : pair.a);
+    int column = second * offsets + (j == shape.channels ? 0 : pair.b);
+    // Below the diagonal stands one of the two.
+    const bool swap = turned || (gi == gj && row < column);
+    // The square of the ones counts padded pixels too, which windows leave out.
+    piece[(swap ? column : row) * stride + (swap ? row : column)] =
+        j == shape.channels ? static_cast<T>(rows.m) : shifted_sum(rows, shape, pair, i, j, to.partials);
+  }
+  __syncthreads();
+
+  const int row0 = row_channel * offsets, column0 = column_channel * offsets;
+  const int height = min(group * offsets, rows.size - row0), width = min(group * offsets, rows.size - column0);
+  const T keep = to.decay[rows.index], add = to.scale[rows.index];
+  T* const c = to.factors + rows.factor;
+  bool bad = false;
+  T diagonal = T(0);
+  for (int e = thread; e < height * width; e += kFinishThreads) {
+    const int row = e / width, column = e % width;
+    if (row0 + row < column0 + column) continue;
+    T& value = piece[row * stride + column];
+    T* const at = c + static_cast<int64_t>(row0 + row) * rows.size + column0 + column;
+    bad = bad || !isfinite(value);
+    *at = value = decayed(keep, *at, add * value);
+    if (row0 + row == column0 + column) diagonal += value;
+  }
+  if (__syncthreads_or(bad) && thread == 0) atomicOr(to.nonfinite + rows.index, 1);
+  for (int e = thread; e < height * width; e += kFinishThreads) {  // the mirror image
+    const int row = e % height, column = e / height;
+    if (row0 + row > column0 + column) {
+      c[static_cast<int64_t>(column0 + column) * rows.size + row0 + row] = piece[row * stride + column];
+    }
+  }
+  if (gi == gj) add_to_trace(rows, gi, diagonal, to, piece);
+}
+
+}  // namespace kfac_fast

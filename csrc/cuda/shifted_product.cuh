@@ -1,0 +1,281 @@
+// Products of shifted images: the partial products that shifted_finish.cuh makes X^T X of.
+#pragma once
+
+#include "pipeline.cuh"
+#include "shifted_gram.cuh"
+
+namespace kfac_fast {
+
+// One CTA's share: one tile of channels by channels, of one shift or of one window's border, over a chunk of pixels.
+struct ShiftedItem {
+  ShiftedRegion region;
+  int shift[3];
+  int ti, tj, channels;  // tile; channels on either side, the one of ones among them
+  int same;              // 0 or 1: both operands are the same numbers
+  int64_t begin, end;    // pixels of all images
+  int64_t partial;       // offset of the partial product
+
+  __device__ ShiftedItem(const RowsEntry& rows, const Conv& conv, int item)
+      : ShiftedItem(rows, conv, ShiftedShape(conv, rows.bias, rows.side), item) {}
+
+ private:
+  struct Choice {
+    int chunk, chunks, tile, a;
+    bool core, zero;
+    int shift[3], offset[3];
+
+    __device__ Choice(const RowsEntry& rows, const ShiftedShape& shape, int item) {
+      const int cores = rows.chunks * shape.core_items(), square = shape.tiles * shape.tiles;
+      core = item < cores;
+      if (!core) item -= cores;
+      const int per_chunk = core ? shape.core_items() : shape.border_items();
+      chunk = item / per_chunk;
+      chunks = core ? rows.chunks : rows.border_chunks;
+      tile = item % per_chunk;
+      const int zeros = core ? shape.zero_pairs : shape.offsets * shape.zero_pairs;
+      zero = tile < zeros;
+      int first = 0, second = 0, number = 0;
+      if (zero) {
+        first = second = tile / shape.zero_pairs;
+        tile %= shape.zero_pairs;
+      } else {
+        number = (tile - zeros) / square;
+        tile = (tile - zeros) % square;
+        if (!core) {
+          lower_pair(number, second, first);
+          second += 1;
+        }
+      }
+      if (core) {
+        shape.shift(zero ? 0 : number + 1, shift);
+        for (int i = 0; i < 3; ++i) offset[i] = 0;
+      } else {
+        shape.offset(first, offset);
+        shape.offset(second, shift);
+        for (int i = 0; i < 3; ++i) shift[i] -= offset[i];
+      }
+    }
+  };
+
+  __device__ ShiftedItem(const RowsEntry& rows, const Conv& conv, const ShiftedShape& shape, int item)
+      : ShiftedItem(rows, conv, shape, Choice(rows, shape, item), item) {}
+
+  __device__ ShiftedItem(const RowsEntry& rows, const Conv& conv, const ShiftedShape& shape, const Choice& choice,
+                         int item)
+      : region(conv, choice.shift, choice.offset, choice.core) {
+    for (int i = 0; i < 3; ++i) shift[i] = choice.shift[i];
+    if (choice.zero) {
+      lower_pair(choice.tile, ti, tj);
+    } else {
+      ti = choice.tile / shape.tiles;
+      tj = choice.tile % shape.tiles;
+    }
+    channels = shape.channels + (choice.zero ? shape.ones : 0);
+    same = choice.zero && ti == tj;
+    const int64_t pixels = conv.batch * region.pixels();
+    const int64_t per_chunk = ceil_div(ceil_div(pixels, choice.chunks), 32) * 32;
+    begin = min(choice.chunk * per_chunk, pixels);
+    end = min(begin + per_chunk, pixels);
+    partial = rows.partial + static_cast<int64_t>(item) * rows.side * rows.side;
+  }
+};
+
+// Where the pixels of the next stages lie in memory, for both operands: a few threads find them for all.
+// A stage's offsets are found two calls of the loaders before they are used, behind a barrier, and the place of a
+// stage is taken again two calls after.
+template <int kDepth>
+struct Pixels {
+  static constexpr int kPlaces = 4, kAhead = 2;
+  static constexpr int64_t kPadded = -1, kNone = -2;  // a zero; behind the last one
+  static constexpr size_t kSharedBytes = sizeof(int64_t) * kPlaces * 2 * kDepth + sizeof(ShiftedItem);
+
+  int64_t* offsets;  // [kPlaces, 2, kDepth] in shared memory, and the item
+  const Conv& conv;
+
+  __device__ const ShiftedItem& item() const {
+    return *reinterpret_cast<const ShiftedItem*>(offsets + kPlaces * 2 * kDepth);
+  }
+  __device__ int64_t* of(int64_t k0, bool second) const {
+    const int stage = static_cast<int>(k0 - item().begin) / kDepth;
+    return offsets + (stage % kPlaces * 2 + second) * kDepth;
+  }
+  // Of the stage from pixel k0 on.
+  __device__ void find(int64_t k0) const {
+    const int t = static_cast<int>(threadIdx.x);
+    if (t < 2 * kDepth) of(k0, t >= kDepth)[t % kDepth] = offset(k0 + t % kDepth, t >= kDepth);
+  }
+  __device__ void find_first() const {
+    for (int stage = 0; stage < kAhead; ++stage) find(item().begin + stage * kDepth);
+    __syncthreads();
+  }
+
+ private:
+  __device__ int64_t offset(int64_t pixel, bool second) const {
+    const ShiftedItem& own = item();
+    if (pixel >= own.end) return kNone;
+    const int pixels = own.region.pixels();
+    const int64_t image =
+        pixel >> 32 == 0 ? static_cast<uint32_t>(pixel) / static_cast<uint32_t>(pixels) : pixel / pixels;
+    int q[3];
+    own.region.pixel(static_cast<int>(pixel - image * pixels), q);
+    int64_t at = image * conv.batch_stride;
+    bool inside = true;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      int64_t position = q[axis] - conv.pad[axis] + (second ? own.shift[axis] * conv.dilation[axis] : 0);
+      inside = pad_position(conv.mode, conv.size[axis], position) && inside;
+      at += position * conv.spatial_stride[axis];
+    }
+    return inside ? at : kPadded;
+  }
+};
+
+// The item of this CTA, in shared memory at `offsets`. All threads call.
+template <int kDepth>
+__device__ Pixels<kDepth> find_item(const RowsEntry& rows, const Conv& conv, int item, void* offsets) {
+  const Pixels<kDepth> pixels = {static_cast<int64_t*>(offsets), conv};
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<ShiftedItem*>(pixels.offsets + Pixels<kDepth>::kPlaces * 2 * kDepth) =
+        ShiftedItem(rows, conv, item);
+  }
+  __syncthreads();
+  return pixels;
+}
+
+// Brings in channels column0 + ... of a stage's pixels.
+// E: type of the rows where it is known, else void. kFinds: also finds the pixels of the stage after the next.
+template <typename Tile, typename T, typename E, bool kFinds>
+struct PixelLoader {
+  const RowsEntry& rows;
+  const Pixels<Tile::kDepth>& pixels;
+  int column0;
+  bool second;
+  LoadSlots<Tile> slots;
+
+  template <int kCount>
+  __device__ __forceinline__ void load(T (&values)[kCount], int64_t k0, int first) const {
+    if constexpr (!std::is_void_v<E>) {
+      load_typed(values, k0, first, static_cast<E*>(nullptr));
+    } else if constexpr (sizeof(T) == sizeof(double)) {
+      load_typed(values, k0, first, static_cast<double*>(nullptr));
+    } else {
+      with_single_dtype(rows.dtype, [&](auto* type) { load_typed(values, k0, first, type); });
+    }
+    if constexpr (kFinds) {
+      if (!second) pixels.find(k0 + 2 * Tile::kDepth);
+    }
+  }
+
+ private:
+  template <int kCount, typename S>
+  __device__ __forceinline__ void load_typed(T (&values)[kCount], int64_t k0, int first, S*) const {
+    const int64_t* const offsets = pixels.of(k0, second);
+    const int channels = static_cast<int>(pixels.conv.channels), all = pixels.item().channels;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t offset = offsets[slots.k(first + i)];
+      const int channel = column0 + slots.column(first + i);
+      values[i] = T(0);
+      if (channel < channels) {
+        if (offset >= 0) {
+          values[i] = load_as<T>(static_cast<const S*>(rows.data) + offset + channel * pixels.conv.channel_stride);
+        }
+      } else if (channel < all && offset != pixels.kNone) {
+        values[i] = T(1);
+      }
+    }
+  }
+};
+
+// Writes a CTA's tile. `visit` and `staged`: see hand_around.
+template <int kSide, int kThreads, typename T, typename Visit>
+__device__ __forceinline__ void store_partial(const ShiftedItem& item, T* partials, T* staged, Visit&& visit) {
+  T* const partial = partials + item.partial;
+  const auto write = [&](int r, int c, T value) {
+    const int row = item.ti * kSide + r, column = item.tj * kSide + c;
+    if (row >= item.channels || column >= item.channels || (item.same && c > r)) return;
+    partial[r * kSide + c] = value;
+  };
+  hand_around<kSide, kThreads>(staged, visit, write, [](int) {});
+}
+
+// Partial products of shifted images by FMA, see factor_update_fma_kernel.
+// One CTA per (tile, shift or border, chunk); pixels pass through shared memory, each thread holds 4x4 elements.
+template <typename T, int kSide>
+__global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kResident)
+    shifted_gram_fma_kernel(RowsTables tables, int count, T* partials) {
+  using Tile = Tile<T, kSide>;
+  const int owner = find_owner(tables.first, count, static_cast<int>(blockIdx.x));
+  const RowsEntry& rows = tables.entries[owner];
+  T* const stages = shared_memory<T>();
+  const Pixels<Tile::kDepth> pixels =
+      find_item<Tile::kDepth>(rows, tables.convs[rows.conv], static_cast<int>(blockIdx.x) - tables.first[owner],
+                              stages + Tile::kSharedBytes / sizeof(T));
+  const ShiftedItem& item = pixels.item();
+  if (!item.region.core && item.region.pixels() == 0) return;
+  pixels.find_first();
+  const LoadSlots<Tile> slots = {rows.along_k};
+  using Loader = PixelLoader<Tile, T, void, true>;
+  const Loader p = {rows, pixels, item.ti * kSide, false, slots}, q = {rows, pixels, item.tj * kSide, true, slots};
+  T acc[Tile::kMicro][Tile::kMicro] = {};
+  multiply<Tile>(acc, p, q, item.same, item.begin, item.end, stages);
+  store_partial<kSide, Tile::kThreads>(item, partials, stages, [&](auto&& put) {
+#pragma unroll
+    for (int r = 0; r < Tile::kMicro; ++r) {
+#pragma unroll
+      for (int c = 0; c < Tile::kMicro; ++c) put(Tile::row(r), Tile::column(c), acc[r][c]);
+    }
+  });
+}
+
+// Partial products of shifted images on tensor cores, see factor_update_mma_kernel.
+// One CTA per (tile, shift or border, chunk); pixels pass through three stages of shared memory.
+template <typename E, int kSide>
+__global__ void __launch_bounds__(MmaTile<E, kSide>::kThreads, MmaTile<E, kSide>::kResident)
+    shifted_gram_mma_kernel(RowsTables tables, int count, float* partials) {
+  using Tile = MmaTile<E, kSide>;
+  const int owner = find_owner(tables.first, count, static_cast<int>(blockIdx.x));
+  const RowsEntry& rows = tables.entries[owner];
+  E* const p = shared_memory<E>();
+  const Pixels<Tile::kDepth> pixels =
+      find_item<Tile::kDepth>(rows, tables.convs[rows.conv], static_cast<int>(blockIdx.x) - tables.first[owner],
+                              p + 2 * Tile::kStages * Tile::kStage);
+  const ShiftedItem& item = pixels.item();
+  if (!item.region.core && item.region.pixels() == 0) return;
+  pixels.find_first();
+  E* const q = item.same ? p : p + Tile::kStages * Tile::kStage;
+
+  const auto fill_operand = [&](E* stage, int tile, bool second, int64_t k0) {
+    const Conv& conv = pixels.conv;
+    const int64_t* const offsets = pixels.of(k0, second);
+    const E* const data = static_cast<const E*>(rows.data);
+    const int column0 = tile * kSide, channels = static_cast<int>(conv.channels);
+    const LoadSlots<Tile> slots = {rows.along_k};
+    if (rows.vectors) {
+      copy_vectors<Tile>(
+          stage, data, column0, channels, item.channels > channels,
+          [&](int k) { return offsets[k] >= 0 ? data + offsets[k] : nullptr; },
+          [&](int k) { return offsets[k] == pixels.kNone ? 0.0f : 1.0f; });
+    } else if constexpr (sizeof(E) == sizeof(float)) {
+      const float* const numbers = static_cast<const float*>(rows.data);
+      copy_elements<Tile>(reinterpret_cast<float*>(stage), slots, numbers, [&](int k, int c) -> const float* {
+        const int64_t offset = offsets[k];
+        const int channel = column0 + c;
+        if (channel < channels) return offset >= 0 ? numbers + offset + channel * conv.channel_stride : nullptr;
+        return channel < item.channels && offset != pixels.kNone ? &rows.one : nullptr;
+      });
+    } else {
+      const PixelLoader<Tile, float, E, false> loader = {rows, pixels, column0, second, slots};
+      gather<Tile>(stage, loader, k0);
+    }
+  };
+  MmaSums<Tile> sums;
+  multiply_pipelined<Tile>(sums, item.begin, item.end, p, q, [&](int stage, int64_t k0) {
+    fill_operand(p + stage * Tile::kStage, item.ti, false, k0);
+    if (!item.same) fill_operand(q + stage * Tile::kStage, item.tj, true, k0);
+    pixels.find(k0 + 2 * Tile::kDepth);
+  });
+  store_partial<kSide, Tile::kThreads>(item, partials, shared_memory<float>(), [&](auto&& put) { sums.visit(put); });
+}
+
+}  // namespace kfac_fast
