@@ -265,8 +265,9 @@ class AdaptiveRule:
             if fraction < 1 and batch.inputs.divisible:
                 part, chosen = batch.inputs.part(fraction, self.preconditioner.steps)
             counted = batch.counted[chosen]
+            values = None if batch.kept is None else batch.kept.rows(chosen, batch.inputs.size)
             with capture.paused():
-                forms = self.products.forms(part, counted, tangents)
+                forms = self.products.forms(part, counted, tangents, values)
             weight = float(counted.sum())
             total += weight * forms
             terms += weight

@@ -16,10 +16,9 @@ With fisher = "empirical" the gradients of the user's own pass are taken, by hoo
 
 *A pass of its own.* Where the user's passes do not show what is needed, only the model's inputs are noted in forward.
 The model is run again when the user's backward pass has ended and its activations are free, eagerly, with buffers and
-random generators restored, under the same autocast, and with fused modules computed in parts
-(`Layer.forward_in_parts`). That is so with a fraction below 1 (sec. 8 of the paper uses 1/8; statistics then cost that
-much of a pass instead of a whole one), for layers that need it, and where layers have a gradient but were never seen,
-as in a compiled model. "empirical" then sends on the user's gradient of the outputs.
+generators restored, under the same autocast, with fused modules computed in parts. That is so with a fraction below 1
+(sec. 8 of the paper uses 1/8), for layers that need it, and where layers have a gradient but were never seen, as in a
+compiled model. A plain sequence of linear layers and pointwise functions is not run: see `sequence.Kept`.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ from .own_pass import OwnPass
 from .passes import ModelInputs, Surroundings, shards_as_before, unnoticed
 from .recorder import Recorder
 from .sender import Sender
+from .sequence import Kept
 from .tape import Batch, Sink, Tape
 
 FISHERS = ("mc", "exact", "empirical")
@@ -189,7 +189,8 @@ class Capture:
             with _extra_pass():
                 self.on_trace(self.own_pass.trace(inputs))
             self.on_trace = None
-        here.tape = Tape(inputs, wanted, notes=wanted and not self._runs_again, listens=listens)
+        kept = Kept.of(self._model, inputs) if self.keep_batches or self._runs_again else None
+        here.tape = Tape(inputs, wanted, notes=wanted and not self._runs_again, listens=listens, kept=kept)
 
     def _is_the_model_itself(self) -> bool:
         """Whether its own parameters are in place and no functorch transform is under way.
@@ -217,6 +218,8 @@ class Capture:
         tape.inputs = dataclasses.replace(tape.inputs, size=len(outputs))
         tape.user.examples = len(outputs)
         tape.cut_own_edges(outputs)
+        if tape.kept is not None and result is outputs:
+            tape.kept.note(None, outputs)
         number, values = outputs.output_nr, outputs.detach()
         outputs.register_hook(lambda gradient: self._at_outputs(tape, number, values, gradient))
 
@@ -242,7 +245,7 @@ class Capture:
         counted = self.likelihood.counted(outputs, gradient)
         if self.keep_batches:
             values = (outputs, gradient) if self.keep_outputs else ()
-            self._keep(Batch(tape.inputs, counted, *values))
+            self._keep(Batch(tape.inputs, counted, tape.kept, *values))
         if tape.counted is None:
             tape.counted = counted
         else:  # another backward pass through the same outputs: of losses on other terms, perhaps
@@ -285,7 +288,7 @@ class Capture:
             return
         if not tape.notes:
             with _extra_pass():
-                counted, shown = self.own_pass.run(tape.inputs, gradient, counted)
+                counted, shown = self.own_pass.run(tape.inputs, gradient, counted, kept=tape.kept)
             self._seen |= shown
         else:
             self._seen |= tape.shown
@@ -297,7 +300,8 @@ class Capture:
                 self._unknown -= self._seen
                 self._fill_in(tape, gradient, counted)
         # Not finite where the loss is not, so that what finite outputs gave is not committed either.
-        self._sink.add_terms(counted.sum() + 0 * gradient.sum(dtype=torch.float64))
+        finite = 0 * gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).double()
+        self._sink.add_terms(counted.sum() + finite)
         if _is_released(node, tape.recomputes):
             tape.close()
         del self._unfinished[tape]

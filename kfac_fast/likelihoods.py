@@ -297,8 +297,8 @@ class Bernoulli(_Vectors):
     """
 
     def counted(self, outputs: Tensor, gradient: Tensor) -> Tensor:
-        certain = (outputs.detach().abs() > 15).all(-1)  # of every bit; the gradient may have underflowed
-        return super().counted(outputs, gradient) | certain
+        counted = super().counted(outputs, gradient)  # where every bit is certain it may have underflowed
+        return counted | (outputs.detach().abs() > 15).all(-1) if self.masked else counted
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(-1)

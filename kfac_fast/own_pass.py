@@ -13,6 +13,7 @@ from .layers import Layer
 from .passes import ModelInputs, unnoticed
 from .recorder import Recorder
 from .sender import Sender
+from .sequence import Kept, Values
 from .tape import REENTRANT, Tape
 
 
@@ -41,6 +42,7 @@ class OwnPass:
         sender: Sender,
     ) -> None:
         self._model = model
+        self._layers = layers
         self._weights = [layer.weight for layer in layers]
         self._fraction = fraction
         self._find_outputs = find_outputs
@@ -49,7 +51,12 @@ class OwnPass:
         self.count = 0
 
     def run(
-        self, inputs: ModelInputs, gradient: Tensor, counted: Tensor, only: Collection[int] | None = None
+        self,
+        inputs: ModelInputs,
+        gradient: Tensor,
+        counted: Tensor,
+        only: Collection[int] | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, set[int]]:
         """Runs the model and sends the gradients.
 
@@ -58,6 +65,7 @@ class OwnPass:
             gradient: The user's, of its outputs.
             counted: Which of its loss terms count.
             only: Layers to take statistics of; None is all.
+            kept: Of the user's forward pass; where it has what is needed, the model is not run.
 
         Returns:
             Which loss terms of the part count, and the layers that were called.
@@ -67,7 +75,7 @@ class OwnPass:
                 "the model's input was changed in place between the forward and the end of the backward pass, but "
                 "K-FAC's statistics need it again: pass the model a copy"
             )
-        chosen = slice(None)
+        chosen, size = slice(None), inputs.size
         if self._fraction < 1:
             if not inputs.divisible:
                 raise ValueError(
@@ -77,11 +85,24 @@ class OwnPass:
             inputs, chosen = inputs.part(self._fraction, self.count)
         self.count += 1
         gradient, counted = gradient[chosen], counted[chosen]
+        values = None if kept is None else kept.rows(chosen, size)
+        places = None if values is None else self._places(values)
+        if values is not None and places is not None:
+            self._sender.send_along(values, places, gradient, counted)
+            return counted, set(range(len(self._layers)))
         shown, missing = self._once(inputs, gradient, counted, only)
         if missing:
             self._recorder.kept |= missing
             shown |= self._once(inputs, gradient, counted, missing)[0]
         return counted, shown
+
+    def _places(self, values: Values) -> dict[int, tuple[int, Layer]] | None:
+        """Number and layer by position of the module, if all layers are there and `Values.pull_back` serves."""
+        position = {id(module): i for i, module in enumerate(values.modules)}
+        layers = {position.get(id(layer.module), -1): (i, layer) for i, layer in enumerate(self._layers)}
+        fit = len(layers) == len(self._layers) and -1 not in layers and values.pulls_back
+        alone = all(len(layer.modules) == 1 and not layer.needs_own_pass for layer in self._layers)
+        return layers if layers and fit and alone else None
 
     def _once(
         self, inputs: ModelInputs, gradient: Tensor, counted: Tensor, only: Collection[int] | None

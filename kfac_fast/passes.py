@@ -38,6 +38,10 @@ class Surroundings:
         states = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
         return cls(autocast, {torch.device("cpu"): torch.get_rng_state(), **states})
 
+    @property
+    def is_autocast(self) -> bool:
+        return any(enabled for _, enabled, _ in self.autocast)
+
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Inside, autocast is as it was, and the generators too if they were kept; they are not put back after."""

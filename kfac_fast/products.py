@@ -12,15 +12,9 @@ from torch.func import functional_call
 
 from .likelihoods import Likelihood
 from .passes import ModelInputs, cuda_devices, differentiable_kernels, unnoticed
+from .sequence import BILINEAR, Values, is_pointwise, modules_in_order
 
 Direction = dict[str, Tensor]  # by parameter name
-
-# Linear in their inputs and linear in their parameters.
-_BILINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# A function of one number, applied to all.
-_POINTWISE = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus)
-# Of these, f'(x) ẋ from ẋ and f(x).
-_FROM_RESULT = {nn.Sigmoid: torch.ops.aten.sigmoid_backward, nn.Tanh: torch.ops.aten.tanh_backward}
 
 
 class FisherProducts:
@@ -46,13 +40,16 @@ class FisherProducts:
         self.forward_mode = True
 
     @torch.no_grad()
-    def forms(self, inputs: ModelInputs, counted: Tensor, directions: Sequence[Direction]) -> Tensor:
+    def forms(
+        self, inputs: ModelInputs, counted: Tensor, directions: Sequence[Direction], values: Values | None = None
+    ) -> Tensor:
         """vᵢᵀ F vⱼ for all pairs of directions.
 
         Args:
             inputs: The examples to average over.
             counted: Which loss terms count, in the shape of the likelihood's terms.
             directions: Tangents; all name the same parameters.
+            values: What the model computed for these examples at these parameters, if that is known.
 
         Returns:
             ``[k, k]`` float64 for k directions, divided by the number of loss terms, on the CPU.
@@ -60,7 +57,7 @@ class FisherProducts:
         Raises:
             RuntimeError: A layer has neither a forward-mode rule nor a second derivative; torch names it.
         """
-        outputs, tangents = self._differentiate(inputs, directions)
+        outputs, tangents = self._differentiate(inputs, directions, values)
         forms = torch.empty(len(directions), len(directions), dtype=torch.float64)
         for j in range(len(directions)):
             product = self._likelihood.fisher_product(outputs, tangents[j])
@@ -70,15 +67,19 @@ class FisherProducts:
                 forms[i, j] = forms[j, i] = _dot(tangents[i], product)
         return forms / counted.sum().clamp(min=1).double().cpu()
 
-    def _differentiate(self, inputs: ModelInputs, directions: Sequence[Direction]) -> tuple[Tensor, list[Tensor]]:
+    def _differentiate(
+        self, inputs: ModelInputs, directions: Sequence[Direction], values: Values | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """The outputs and J v for every direction v."""
+        if values is not None and self.forward_mode:
+            return self._along(values, directions)
         with unnoticed(self._model), differentiable_kernels():
             if not self.forward_mode:
                 return self._twice_backward(inputs, directions)
-            chain = _as_chain(self._model, inputs)
+            modules = modules_in_order(self._model) if len(inputs.args) == 1 and not inputs.kwargs else None
             try:
-                if chain is not None:
-                    return self._along_chain(chain, inputs.args[0], directions)
+                if modules is not None:
+                    return self._along(Values(modules, {0: inputs.args[0]}), directions)
                 return self._forward(inputs, directions)
             except torch.OutOfMemoryError:
                 raise
@@ -102,28 +103,27 @@ class FisherProducts:
                 tangents.append(torch.zeros_like(outputs) if tangent is None else tangent)
         return outputs, tangents
 
-    def _along_chain(
-        self, chain: list[nn.Module], x: Tensor, directions: Sequence[Direction]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Module by module: what does not depend on the direction is computed once for all of them."""
+    def _along(self, values: Values, directions: Sequence[Direction]) -> tuple[Tensor, list[Tensor]]:
+        """Module by module: what does not depend on the direction is computed once for all of them, or not at all."""
         named = dict(self._model.named_parameters())
         moving: dict[int, list[Tensor]] = {id(named[name]): [d[name] for d in directions] for name in directions[0]}
         devices = cuda_devices(self._model)
-        # The activation and, once something has moved, its tangents behind it: ``[1 (+ k), *activation]``.
-        jet = x.unsqueeze(0)
-        for module in chain:
+        tangents: Tensor | None = None  # of the activation, once something has moved: ``[k, *activation]``
+        for i, module in enumerate(values.modules):
             mine = {name: moving[id(p)] for name, p in module.named_parameters() if id(p) in moving}
-            if _is_bilinear(module, jet):
-                jet = _through_bilinear(module, jet, mine)
-            elif type(module) in _POINTWISE and not getattr(module, "inplace", False):
-                jet = _through_pointwise(module, jet)
-            elif mine or len(jet) > 1:
-                jet = _through_any(module, jet, mine, len(directions), devices)
+            if not mine and tangents is None:
+                continue
+            if _is_bilinear(module, values, i):
+                tangents = _through_bilinear(values, i, tangents, mine)
+            elif is_pointwise(module) and tangents is not None:
+                tangents = values.times_slope(i, tangents)
             else:
-                jet = module(jet[0]).unsqueeze(0)
-        tangents = list(jet[1:])
-        outputs = self._find_outputs(jet[0])
-        return outputs, tangents or [torch.zeros_like(outputs)] * len(directions)
+                output, tangents = _through_any(module, values[i], tangents, mine, len(directions), devices)
+                values.put(i + 1, output)
+        outputs = values.outputs
+        found = [self._find_outputs(t) for t in tangents] if tangents is not None else []
+        outputs = self._find_outputs(outputs)
+        return outputs, found or [torch.zeros_like(outputs)] * len(directions)
 
     def _twice_backward(self, inputs: ModelInputs, directions: Sequence[Direction]) -> tuple[Tensor, list[Tensor]]:
         named = dict(self._model.named_parameters())
@@ -148,93 +148,64 @@ class FisherProducts:
         return outputs.detach(), [t.detach() for t in tangents]
 
 
-def _as_chain(model: nn.Module, inputs: ModelInputs) -> list[nn.Module] | None:
-    """The modules that a plain ``nn.Sequential`` runs one after the other; None for any other model."""
-    if not (_is_plain_sequential(model) and len(inputs.args) == 1 and not inputs.kwargs):
-        return None
-    chain: list[nn.Module] = []
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if _is_plain_sequential(module):
-            waiting.extend(reversed(list(module.children())))
-        else:
-            chain.append(module)
-    # A module that a hook of the user's may alter has to be called as it is; one hook is enough to give up the chain.
-    return chain if all(_is_observed_only(module) for module in model.modules()) else None
-
-
-def _is_plain_sequential(module: nn.Module) -> bool:
-    return type(module) is nn.Sequential
-
-
-def _is_observed_only(module: nn.Module) -> bool:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return all(getattr(hook, "observes_only", False) for hook in hooks)
-
-
-def _is_bilinear(module: nn.Module, jet: Tensor) -> bool:
+def _is_bilinear(module: nn.Module, values: Values, position: int) -> bool:
     """Whether `_through_bilinear` serves: not for a convolution of one example without a batch dimension."""
-    return type(module) in _BILINEAR and (type(module) is nn.Linear or jet[0].ndim == module.weight.ndim)
+    return type(module) is nn.Linear or (type(module) in BILINEAR and values[position].ndim == module.weight.ndim)
 
 
-def _through_bilinear(module: Any, jet: Tensor, moving: dict[str, list[Tensor]]) -> Tensor:
-    """Both y = W x + b and ẏ = Ẇ x + ḃ + W ẋ, with one product for all that W meets."""
+def _through_bilinear(
+    values: Values, position: int, tangents: Tensor | None, moving: dict[str, list[Tensor]]
+) -> Tensor:
+    """ẏ = Ẇ x + ḃ + W ẋ for y = W x + b, with one product for all that W meets."""
+    module: Any = values.modules[position]
     weights, biases = moving.get("weight"), moving.get("bias")
-    count = len(weights or biases or jet[1:])
     is_linear = type(module) is nn.Linear
-    if is_linear:
-        result = nn.functional.linear(jet, module.weight)
+    if tangents is None and weights is None:
+        output = values[position + 1]
+        result = torch.zeros(len(biases or ()), *output.shape, dtype=output.dtype, device=output.device)
+    elif tangents is None:
+        result = torch.stack([_product(module, values[position], weight) for weight in weights or ()])
     else:
-        result = module._conv_forward(jet.flatten(0, 1), module.weight, None).unflatten(0, jet.shape[:2])
-    if len(jet) <= count:  # W ẋ = 0
-        result = torch.cat([result, torch.zeros_like(result[0]).expand(count, *result.shape[1:])])
-    for moved, weight in zip(result[1:], weights or (), strict=False):
         if is_linear:
-            moved.view(-1, len(weight)).addmm_(jet[0].reshape(-1, weight.shape[1]), weight.T)
+            result = nn.functional.linear(tangents, module.weight)
         else:
-            moved.add_(module._conv_forward(jet[0], weight, None))
-    if module.bias is not None:
-        shifts = torch.stack([module.bias, *(biases or [torch.zeros_like(module.bias)] * count)])
+            result = _product(module, tangents.flatten(0, 1), module.weight).unflatten(0, tangents.shape[:2])
+        for moved, weight in zip(result, weights or (), strict=False):
+            if is_linear:
+                moved.view(-1, len(weight)).addmm_(values[position].reshape(-1, weight.shape[1]), weight.T)
+            else:
+                moved.add_(_product(module, values[position], weight))
+    if biases is not None:
         spatial = () if is_linear else (1,) * len(module.kernel_size)
-        result += shifts.view(1 + count, *(1,) * (result.ndim - 2 - len(spatial)), -1, *spatial)
+        result += torch.stack(biases).view(len(biases), *(1,) * (result.ndim - 2 - len(spatial)), -1, *spatial)
     return result
 
 
-def _through_pointwise(module: nn.Module, jet: Tensor) -> Tensor:
-    """Both y = f(x) and ẏ = f'(x) ẋ, with one derivative for all directions; overwrites the jet's tangents."""
-    if len(jet) == 1:
-        return module(jet[0]).unsqueeze(0)
-    if type(module) in _FROM_RESULT:
-        y = module(jet[0])
-        jet[1:] = _FROM_RESULT[type(module)](jet[1:], y.expand_as(jet[1:]))
-        jet[0] = y
-        return jet
-    with torch.enable_grad():
-        x = jet[0].detach().requires_grad_()
-        y = module(x)
-        (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    jet[1:] *= slope
-    jet[0] = y.detach()
-    return jet
+def _product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight) if type(module) is nn.Linear else module._conv_forward(x, weight, None)
 
 
 def _through_any(
-    module: nn.Module, jet: Tensor, moving: dict[str, list[Tensor]], count: int, devices: list[int]
-) -> Tensor:
-    """One dual pass per direction."""
+    module: nn.Module,
+    x: Tensor,
+    tangents: Tensor | None,
+    moving: dict[str, list[Tensor]],
+    count: int,
+    devices: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Output and tangents, by one dual pass per direction."""
     parameters = dict(module.named_parameters())
     results = []
     for j in range(count):
         # Every direction has to see the same input, though the module may write to it, and the same dropout mask; the
         # next module another one.
-        own = jet[0].clone()
+        own = x.clone()
         with torch.random.fork_rng(devices, enabled=j < count - 1), forward_ad.dual_level():
-            dual = own if len(jet) == 1 else forward_ad.make_dual(own, jet[1 + j])
+            dual = own if tangents is None else forward_ad.make_dual(own, tangents[j])
             duals = {name: forward_ad.make_dual(parameters[name].detach(), v[j]) for name, v in moving.items()}
             y, tangent = forward_ad.unpack_dual(functional_call(module, duals, (dual,)) if duals else module(dual))
             results.append(torch.zeros_like(y) if tangent is None else tangent)
-    return torch.stack([y, *results])
+    return y, torch.stack(results)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -71,8 +71,11 @@ class Recorder:
             tape = self.recomputing
             if tape is None or not tape.take_hidden(index, output):
                 return
-        elif not tape.notes or not isinstance(output, Tensor):
-            return
+        else:
+            if tape.kept is not None and args and len(self._layers[index].modules) == 1:
+                tape.kept.note(self._layers[index].module, args[0])
+            if not tape.notes or not isinstance(output, Tensor):
+                return
         node = output.grad_fn
         if node is None:
             tape.hidden[index] = tape.hidden.get(index, 0) + 1

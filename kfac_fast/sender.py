@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .layers import Layer
 from .likelihoods import Likelihood
+from .sequence import Values
 from .tape import Call, Pass, Sink, Tape
 
 # With more elements than this in the gradients of all calls (32 MB in float32), they are not kept until all are there.
@@ -52,9 +54,7 @@ class Sender:
             counted: Which loss terms count.
         """
         uses = [(call.layer, call.block) for call in tape.calls]
-        mask = self._likelihood.spread(counted)
-        for root in self._roots(outputs, gradient):
-            root = torch.where(mask, root, torch.zeros_like(root))
+        for root in self._roots(outputs, gradient, counted):
             sent = Pass(uses, len(outputs), first=tape.sent == 0)
             tape.sent += 1
             below = []
@@ -72,6 +72,26 @@ class Sender:
                 self._stream(below, source, root, sent)
             if awaits:
                 self._give_up(tape, sent)
+
+    @torch.no_grad()
+    def send_along(
+        self, values: Values, layers: Mapping[int, tuple[int, Layer]], gradient: Tensor, counted: Tensor
+    ) -> None:
+        """Sends all of them along a sequence of modules, for which no graph is needed.
+
+        Args:
+            values: What the modules computed.
+            layers: Number and layer, by position of its module.
+            gradient: As in `send`.
+            counted: As in `send`.
+        """
+        uses = [(layers[position][0], 0) for position in sorted(layers)]
+        inputs = {position: layer.inputs((values[position],), {}) for position, (_, layer) in layers.items()}
+        for number, root in enumerate(self._roots(values.outputs, gradient, counted)):
+            sent = Pass(uses, len(root), first=number == 0)
+            for position, own in values.pull_back(root, min(layers)):
+                if position in layers:
+                    self._sink.add_rows(layers[position][0], inputs[position], own, sent)
 
     def meet(self, call: Call) -> None:
         """The inputs of a call have come that were awaited."""
@@ -143,7 +163,13 @@ class Sender:
             for handle in handles.values():
                 handle.remove()
 
-    def _roots(self, outputs: Tensor, gradient: Tensor) -> Iterator[Tensor]:
+    def _roots(self, outputs: Tensor, gradient: Tensor, counted: Tensor) -> Iterator[Tensor]:
+        """`_all_roots`, zero where a loss term does not count."""
+        mask = self._likelihood.spread(counted)
+        for root in self._all_roots(outputs, gradient):
+            yield torch.where(mask, root, torch.zeros_like(root))
+
+    def _all_roots(self, outputs: Tensor, gradient: Tensor) -> Iterator[Tensor]:
         """Output gradients whose outer products sum (exact) or average (mc) to the Fisher of the outputs."""
         if self._fisher == "empirical":
             yield gradient

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from .chain import Trace
 from .layers import Inputs
 from .passes import ModelInputs, saves_are_packed
+from .sequence import Kept
 
 
 @dataclass(eq=False)
@@ -105,6 +106,7 @@ class Tape:
         counted: Loss terms that backward passes so far have counted; None before the first.
         closed: Later backward passes are not looked at.
         trace: Notes where inputs and outputs come from; calls are then not noted.
+        kept: What modules computed, where that saves another pass.
     """
 
     inputs: ModelInputs
@@ -123,6 +125,7 @@ class Tape:
     counted: Tensor | None = None
     closed: bool = False
     trace: Trace | None = None
+    kept: Kept | None = None
 
     @property
     def shown(self) -> set[int]:
@@ -139,9 +142,10 @@ class Tape:
         self.calls = [call for call in self.calls if call.layer != layer]
 
     def close(self) -> None:
-        """Forgets the calls."""
+        """Forgets the calls and what was kept."""
         self.closed = True
         self.calls = []
+        self.kept = None
 
     def cut_own_edges(self, outputs: Tensor) -> None:
         """Marks calls whose output is what the outputs' gradient is sent to: they get that gradient itself.
@@ -178,19 +182,21 @@ class Batch:
     Attributes:
         inputs: Of the model.
         counted: Which loss terms count, in the shape of the likelihood's terms.
+        kept: What modules computed, where that saves another pass.
         outputs: Detached; None where nobody will look at them.
         gradient: Of the user's loss with respect to the outputs; None with them.
     """
 
     inputs: ModelInputs
     counted: Tensor
+    kept: Kept | None = None
     outputs: Tensor | None = None
     gradient: Tensor | None = None
 
     def plus(self, other: Batch) -> Batch:
         """With another backward pass from the same outputs."""
         both = None if self.gradient is None or other.gradient is None else self.gradient + other.gradient
-        return Batch(self.inputs, self.counted | other.counted, self.outputs, both)
+        return Batch(self.inputs, self.counted | other.counted, self.kept, self.outputs, both)
 
 
 REENTRANT = (
