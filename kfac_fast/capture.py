@@ -18,7 +18,7 @@ With fisher = "empirical" the gradients of the user's own pass are taken, by hoo
 The model is run again when the user's backward pass has ended and its activations are free, eagerly, with buffers and
 generators restored, under the same autocast, with fused modules computed in parts. That is so with a fraction below 1
 (sec. 8 of the paper uses 1/8), for layers that need it, and where layers have a gradient but were never seen, as in a
-compiled model. A plain sequence of linear layers and pointwise functions is not run: see `sequence.Kept`.
+compiled model. With the adaptive rule a plain sequence of linear layers and pointwise functions is not run: see `Kept`.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Capture:
             with _extra_pass():
                 self.on_trace(self.own_pass.trace(inputs))
             self.on_trace = None
-        kept = Kept.of(self._model, inputs) if self.keep_batches or self._runs_again else None
+        kept = Kept.of(self._model, inputs) if self.keep_batches else None
         here.tape = Tape(inputs, wanted, notes=wanted and not self._runs_again, listens=listens, kept=kept)
 
     def _is_the_model_itself(self) -> bool:

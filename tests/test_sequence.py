@@ -55,6 +55,7 @@ def test_statistics_of_a_fraction(name: str, fisher: str, monkeypatch: pytest.Mo
         if not served:
             monkeypatch.setattr(Kept, "of", lambda model, inputs: None)
         pre = exact(model, fisher=fisher, factor_fraction=1 / 4)
+        pre.capture.keep_batches = True
         calls = calls_of(model, monkeypatch)
         for _ in range(2):
             model.zero_grad()
@@ -101,6 +102,7 @@ def test_a_layer_that_has_no_block_is_passed_through() -> None:
     found = []
     for left_out in ([], ["2"]):
         pre = exact(model, factor_fraction=0.5, blocks=Blocks(exclude=left_out))
+        pre.capture.keep_batches = True
         model.zero_grad()
         half_square(model(x)).backward()
         pre.step()
