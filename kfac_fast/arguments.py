@@ -60,3 +60,5 @@ def check_group(group: Mapping[str, Any]) -> None:
         check_range(name, group[name], **bounds)
     if group["kl_clip"] is not None:
         check_range("kl_clip", group["kl_clip"], above=0.0)
+    if "highest_lr" in group:
+        check_range("highest_lr", group["highest_lr"], at_least=0.0)

@@ -33,7 +33,8 @@ class KFAC(ResumableOptimizer):
     .. math:: U = (G + \tfrac{\gamma}{\pi} I)^{-1} V (A + \pi\gamma I)^{-1}, \qquad \gamma = \sqrt\lambda, \qquad
               W \leftarrow W - \mathrm{lr}\,(\text{momentum over } \nu U)
 
-    with ν = min(1, √(κ / Σ lr²⟨V, U⟩)), the KL clip. The ordinary loop needs nothing more than the constructor::
+    with ν = min(1, √(κ / Σ lr²⟨V, U⟩)), the KL clip, at the highest lr of a schedule. The ordinary loop needs nothing
+    more than the constructor::
 
         optimizer = KFAC(model)
         for x, y in data:
@@ -67,8 +68,9 @@ class KFAC(ResumableOptimizer):
             that much less; normalisation layers then use the statistics of that part. "mc" and "exact" only.
         factor_every: Steps between updates of the factors; the steps between cost nothing extra.
         inverse_every: Steps between updates of the inverses; the first three steps always update them.
-        kl_clip: κ > 0, or None for no clip: a step's lr²⟨V, U⟩, twice its predicted change of the predictive
-            distribution, does not exceed it.
+        kl_clip: κ > 0, or None for no clip: lr²⟨V, U⟩, twice the change of the predictive distribution that is
+            predicted for the step, does not exceed it at the group's highest lr: the highest so far or, if that is
+            higher, the one that a scheduler starts from. A schedule shortens clipped steps like all others.
         loss_reduction: "mean" or "sum", the scale of your loss; only ``fisher="empirical"`` depends on it.
         grad_scaler: The ``torch.amp.GradScaler`` in use, if any; only ``fisher="empirical"`` needs to know it.
         outputs: A function from what the model returns to the output tensor, where that is neither a tensor nor has
@@ -183,6 +185,7 @@ class KFAC(ResumableOptimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self.param_groups[-1].setdefault("highest_lr", float(self.param_groups[-1]["lr"]))  # for the KL clip
         if built:
             self.preconditioner.cover(self._parameters)
             if self.rule is not None:
@@ -272,12 +275,18 @@ class KFAC(ResumableOptimizer):
         return updates, finite
 
     def _clips(self, dot: Tensor, groups: list[dict[str, Any]]) -> list[Tensor | None]:
-        """ν of every group, from the sum of lr²⟨V, U⟩ over all groups that clip."""
+        """ν of every group, from the sum of lr²⟨V, U⟩ over all groups that clip.
+
+        With the lr of the step ν would cancel it: as long as steps are clipped a schedule would do nothing, and in a
+        warm-up the momentum, gathered at lower rates, would be too large for the present one.
+        """
         if all(group["kl_clip"] is None for group in self.param_groups):
             return [None] * len(self.param_groups)
+        for group in self.param_groups:
+            group["highest_lr"] = max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "highest_lr"))
         squares = []
         for layer, group in zip(self.preconditioner.layers, groups, strict=True):
-            squares += [0.0 if group["kl_clip"] is None else float(group["lr"]) ** 2] * len(layer.blocks)
+            squares += [0.0 if group["kl_clip"] is None else group["highest_lr"] ** 2] * len(layer.blocks)
         total = (dot * torch.tensor(squares, dtype=dot.dtype).to(dot.device, non_blocking=True)).sum().abs()
         return [
             None if group["kl_clip"] is None else (group["kl_clip"] / total).sqrt().clamp(max=1.0)

@@ -160,7 +160,8 @@ class Preconditioner:
         """Updates factors and inverses if they are due and replaces the gradients of the covered layers.
 
         Args:
-            lr: Learning rate of the optimizer, for the KL clip.
+            lr: Learning rate of the optimizer, for the KL clip; the highest one of a schedule, which clipped steps
+                would not follow otherwise.
 
         Raises:
             ValueError: ``kl_clip`` is set and ``lr`` is missing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -77,3 +78,55 @@ def test_schedulers(name: str, tensor: bool) -> None:
         runs.append((rates, [p.detach() for p in model.parameters()]))
     assert runs[0][0] == pytest.approx(runs[1][0])
     assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def change(optimizer: KFAC, model: torch.nn.Module) -> torch.Tensor:
+    """What one more step changes."""
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    backward(model, 1)
+    optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+
+def test_clipped_steps_follow_the_schedule() -> None:
+    """A tenth of the rate is a tenth of the step, though the clip alone decides how long the step is."""
+    model = mlp(DOUBLE)
+    optimizer = KFAC(model, lr=0.5, kl_clip=1e-6, momentum=0.0)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    other, lower = copy.deepcopy((model, optimizer))
+    later = copy.deepcopy(model)
+    resumed = KFAC(later, lr=0.05, kl_clip=1e-6, momentum=0.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    lower.param_groups[0]["lr"] = resumed.param_groups[0]["lr"] = 0.05
+    full = change(optimizer, model)
+    assert optimizer.stats()["clip"] < 0.1
+    assert torch.allclose(change(lower, other), full / 10, rtol=1e-9, atol=1e-15)
+    assert torch.allclose(change(resumed, later), full / 10, rtol=1e-9, atol=1e-15)
+
+
+def test_clipped_steps_follow_a_warm_up() -> None:
+    """The first steps of a scheduler that rises to its highest rate are shorter by as much as their rate."""
+    runs = []
+    for shares in ([0.25, 0.5, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]):
+        model = mlp(DOUBLE)
+        optimizer = KFAC(model, lr=0.5, kl_clip=1e-8, momentum=0.0)
+        scheduler = lr_scheduler.LambdaLR(optimizer, shares.__getitem__)
+        steps = []
+        for share in shares[:3]:
+            steps.append(change(optimizer, model).norm() / share)
+            assert optimizer.stats()["clip"] < 0.1
+            optimizer.zero_grad()
+            scheduler.step()
+        runs.append(steps)
+    assert [float(step) for step in runs[0]] == pytest.approx([float(step) for step in runs[1]], rel=0.01)
+
+
+@pytest.mark.parametrize("highest", [-1.0, float("nan"), "much"])
+def test_a_highest_rate_that_is_none_is_refused(highest: object) -> None:
+    optimizer = KFAC(mlp())
+    state = optimizer.state_dict()
+    state["param_groups"][0]["highest_lr"] = highest
+    with pytest.raises(ValueError, match="highest_lr must be a number >= 0, got highest_lr="):
+        optimizer.load_state_dict(state)

@@ -1,9 +1,9 @@
 """``python -m bench.convergence.models``: how many updates K-FAC and a tuned rival need, on a transformer and a ResNet.
 
-Everybody is tuned on as many settings, with a seed of its own; the best two are run with three seeds, and the better
-mean counts. All have the same schedule over their own number of updates, and K-FAC has half as many. Runs wait in a
-folder and go on where they were; ``--piece`` stops them after some seconds (exit status 3: not done yet). Updates are
-compared, not seconds, so other work may run beside.
+Everybody with a schedule is tuned on about as many settings, with a seed of its own; the best two are run with three
+seeds, and the better mean counts. Schedules are alike, over each one's own number of updates, and K-FAC has half as
+many; in adaptive mode it needs none. Runs wait in a folder and go on where they were; ``--piece`` stops them after some
+seconds (exit status 3: not done yet). Updates are compared, not seconds, so other work may run beside.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from examples.models.resnet import ResNet20
 from examples.models.tasks import CONTEXT, image_batch, per_character, source_text, text_batch
 from examples.models.transformer import CharTransformer
-from kfac_fast import KFAC
+from kfac_fast import KFAC, Adaptive
 
 from ..harness import machine
 from .contenders import Contender, Setting, Trainer
@@ -44,14 +44,14 @@ WARM_UP = 0.05  # of the updates; a cosine down to zero follows
 
 @dataclass(frozen=True)
 class Problem:
-    """A model with its data, and who trains it: first the rival, then K-FAC."""
+    """A model with its data, and who trains it: first the rival, then K-FAC in one way or two."""
 
     name: str
     title: str
     model: Callable[[], nn.Module]
     batch: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
-    contenders: tuple[Contender, Contender]
+    contenders: tuple[Contender, ...]
 
 
 class Scheduled(Trainer):
@@ -59,21 +59,22 @@ class Scheduled(Trainer):
 
     def __init__(self, optimizer: Optimizer, updates: int) -> None:
         super().__init__(optimizer)
-        self.highest = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # as torch's own schedulers do
         self.updates = updates
 
     def update(self, k: int, closure: Callable[[], Tensor], evaluate: Callable[[], Tensor]) -> None:
         warm_up = WARM_UP * self.updates
         done = max(0.0, k - warm_up) / (self.updates - warm_up)
         share = min(1.0, k / warm_up) * (1 + math.cos(math.pi * done)) / 2
-        for group, lr in zip(self.optimizers[0].param_groups, self.highest, strict=True):
-            group["lr"] = lr * share
+        for group in self.optimizers[0].param_groups:
+            group["lr"] = group["initial_lr"] * share
         super().update(k, closure, evaluate)
 
 
 def adamw(model: nn.Module, setting: Setting, updates: int) -> Trainer:
-    betas = (0.9, setting["beta2"])
-    return Scheduled(AdamW(model.parameters(), lr=setting["lr"], betas=betas, weight_decay=0.01), updates)
+    options = {"lr": setting["lr"], "weight_decay": setting["weight_decay"]}
+    return Scheduled(AdamW(model.parameters(), betas=(0.9, setting["beta2"]), **options), updates)
 
 
 def nesterov(model: nn.Module, setting: Setting, updates: int) -> Trainer:
@@ -81,7 +82,19 @@ def nesterov(model: nn.Module, setting: Setting, updates: int) -> Trainer:
 
 
 def kfac(model: nn.Module, setting: Setting, updates: int) -> Trainer:
-    return Scheduled(KFAC(model, **setting, factor_fraction=1 / 4), updates)
+    return Scheduled(KFAC(model, **setting, factor_fraction=1 / 4, inverse_every=1), updates)
+
+
+class AdaptiveKFAC(Trainer):
+    """K-FAC that sets itself: only what is in the setting is chosen."""
+
+    def __init__(self, model: nn.Module, setting: Setting, updates: int) -> None:
+        config = Adaptive(gamma="sqrt", t3=int(setting["t3"]))
+        self.kfac = KFAC(model, adaptive=config, factor_fraction=1 / 4)
+        super().__init__(self.kfac)
+
+    def update(self, k: int, closure: Callable[[], Tensor], evaluate: Callable[[], Tensor]) -> None:
+        self.kfac.step(closure, evaluate)
 
 
 def grid(**values: tuple[float, ...]) -> tuple[Setting, ...]:
@@ -116,16 +129,20 @@ PROBLEMS = {
             text_batch,
             per_character,
             (
-                Contender("AdamW", adamw, 300, grid(lr=(0.002, 0.004, 0.008, 0.016), beta2=(0.99, 0.999))),
+                Contender(
+                    "AdamW",
+                    adamw,
+                    300,
+                    grid(lr=(0.002, 0.004, 0.008, 0.016, 0.032), beta2=(0.99, 0.999), weight_decay=(0.01,))
+                    + grid(lr=(0.016,), beta2=(0.99,), weight_decay=(0.1, 0.3)),
+                ),
                 Contender(
                     "K-FAC",
                     kfac,
                     150,
-                    grid(lr=(0.1, 0.3, 0.6), damping=(0.003,), kl_clip=(0.001,))
-                    + grid(lr=(0.3,), damping=(0.003,), kl_clip=(0.003, 0.01))
-                    + grid(lr=(0.1, 0.3), damping=(0.03,), kl_clip=(0.01,))
-                    + grid(lr=(0.3,), damping=(0.001,), kl_clip=(0.001,)),
+                    grid(lr=(0.3,), damping=(0.0003, 0.001, 0.003), kl_clip=(0.001, 0.003), weight_decay=(0.0, 0.03)),
                 ),
+                Contender("K-FAC, adaptive", AdaptiveKFAC, 150, grid(t3=(1, 5))),
             ),
         ),
         Problem(
@@ -135,8 +152,17 @@ PROBLEMS = {
             scattered_batch,
             F.cross_entropy,
             (
-                Contender("SGD-Nesterov", nesterov, 300, grid(lr=(0.03, 0.1, 0.3, 1.0), momentum=(0.9, 0.95))),
-                Contender("K-FAC", kfac, 150, grid(lr=(0.1, 0.3), damping=(0.003, 0.03), kl_clip=(0.001, 0.01))),
+                Contender(
+                    "SGD-Nesterov",
+                    nesterov,
+                    300,
+                    grid(lr=(0.03, 0.1, 0.3, 1.0), momentum=(0.9, 0.95))
+                    + grid(lr=(0.1, 0.3, 1.0), momentum=(0.8,))
+                    + grid(lr=(0.1, 0.3), momentum=(0.7,)),
+                ),
+                Contender(
+                    "K-FAC", kfac, 150, grid(lr=(0.3,), damping=(0.001, 0.003, 0.01), kl_clip=(0.001, 0.003, 0.01))
+                ),
             ),
         ),
     )
