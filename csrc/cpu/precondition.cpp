@@ -4,6 +4,7 @@
 #include "direct_precondition.h"
 #include "kernels.h"
 #include "pack.h"
+#include "split_precondition.h"
 #include "support.h"
 #include "symmetric_update.h"
 
@@ -20,9 +21,16 @@ constexpr int64_t kDepth = 192;
 constexpr int64_t kMaxGroup = 4;
 constexpr int64_t kTasksPerThread = 8;
 
+// From here on, where there are matrix instructions, products of split numbers are faster (docs/performance.md).
+constexpr int64_t kMinSplitSize = 128;
+
 struct Shape {
   int64_t m, n;  // of V, with the bias column
 
+  template <typename T>
+  bool split() const {
+    return kHasMatrixTiles<T> && min(m, n) >= kMinSplitSize;
+  }
   bool direct() const { return max(m, n) <= kMaxDirectSize; }
   bool for_team(int threads) const { return threads > 1 && m * n * (m + n) >= kTeamWork; }
 };
@@ -43,14 +51,17 @@ struct Scratch {
   T* product = nullptr;    // [n, m] T^T
   T* dots = nullptr;       // [panels(m), panels(n)] <V, U> of each output tile
   DirectScratch<T> direct;
+  SplitScratch split;
 };
 
 // Elements of those arrays.
 template <typename T>
 struct Sizes {
   int64_t v = 0, g_inverse = 0, a_inverse = 0, product = 0, dots = 0, direct_m = 0, direct_n = 0;
+  SplitSizes split;
 
-  void include(Shape shape) {
+  void include(Shape shape, int threads) {
+    if (shape.split<T>()) return split.include(shape.m, shape.n, threads);
     if (shape.direct()) {
       direct_m = max(direct_m, shape.m), direct_n = max(direct_n, shape.n);
       return;
@@ -71,6 +82,7 @@ struct Sizes {
     scratch.product = arena.take<T>(product);
     scratch.dots = arena.take<T>(dots);
     scratch.direct = DirectScratch<T>::take(arena, direct_m, direct_n);
+    scratch.split = split.take(arena);
     return scratch;
   }
 };
@@ -177,6 +189,17 @@ template <typename T>
 void precondition_layer(const Precondition& op, int layer, int next, const Scratch<T>& s, int threads) {
   const Shape shape = shape_of(op, layer);
   const int64_t m = shape.m, n = shape.n;
+  if constexpr (kHasMatrixTiles<T>) {
+    if (shape.split<T>()) {
+      Ahead ahead = memory_of<T>(op, next);
+      const TileRegisters registers;
+      static_cast<T*>(op.dot)[layer] =
+          precondition_split(static_cast<const T*>(op.g_inverse) + op.g_plan.offset(layer),
+                             static_cast<const T*>(op.a_inverse) + op.a_plan.offset(layer), op.gradients[layer],
+                             op.results[layer], m, n, s.split, threads, ahead);
+      return;
+    }
+  }
   if (shape.direct()) {
     Ahead ahead = memory_of<T>(op, next);
     static_cast<T*>(op.dot)[layer] = precondition_direct(static_cast<const T*>(op.g_inverse) + op.g_plan.offset(layer),
@@ -224,8 +247,9 @@ void lay_out(const Precondition& op, int threads, Arena& arena, Scratch<T>* scra
   Sizes<T> own, all;
   for (int layer = 0; layer < op.g_plan.count(); ++layer) {
     const Shape shape = shape_of(op, layer);
-    all.include(shape);
-    if (!shape.for_team(threads)) own.include(shape);
+    const bool team = shape.for_team(threads);
+    all.include(shape, team ? threads : 1);
+    if (!team) own.include(shape, 1);
   }
   for (int thread = 0; thread < threads; ++thread) {
     const Scratch<T> mine = (thread == 0 ? all : own).take(arena);

@@ -7,6 +7,7 @@
 // and those below 2^-118 keep 8. A number that is not finite, or above 0x1.fep127, makes what it meets not finite.
 #pragma once
 
+#include "ahead.h"
 #include "microkernel.h"
 #include "tile_registers.h"
 
@@ -90,41 +91,58 @@ inline __attribute__((always_inline)) void load_right_part(const SplitOperand& r
   if constexpr (C > 1) _tile_loadd(7, right.words + right.next + part * kTileWords, 64);
 }
 
+// A line is asked for with every product: all of a step at once would stand in the way of its own loads.
 template <int R, int C>
-inline __attribute__((always_inline)) void multiply_parts() {
+inline __attribute__((always_inline)) void multiply_parts(Ahead::Lines& ahead) {
+  KFAC_FAST_UNROLL
+  for (int line = 0; line < R * C; ++line) {
+    __builtin_prefetch(ahead.begin, 0, 2);
+    ahead.begin += ahead.step;
+  }
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (C > 1) _tile_dpbf16ps(1, 4, 7);
   if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
   if constexpr (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
 }
 
-// out <- a b on R x C tiles, R and C up to 2. Stores made before and loads made after belong outside finish_stores().
+// out (=, +=) a b on R x C tiles, R and C up to 2. Stores made before and loads made after belong outside
+// finish_stores().
 template <int R, int C>
-inline void multiply_split(int64_t steps, SplitOperand left, SplitOperand right, float* out,  // [16 R, 16 C]
-                           int64_t ld) {
-  _tile_zero(0);
-  if constexpr (C > 1) _tile_zero(1);
-  if constexpr (R > 1) _tile_zero(2);
-  if constexpr (R > 1 && C > 1) _tile_zero(3);
-  for (int64_t step = 0; step < steps; ++step) {  // h l, h m, h h, m h, m m, l h: 16 loads for 24 products
+inline void multiply_split(int64_t steps, SplitOperand left, SplitOperand right, bool assign,
+                           float* out,  // [16 R, 16 C]
+                           int64_t ld, Ahead& ahead) {
+  const int64_t row_bytes = ld * static_cast<int64_t>(sizeof(float));
+  if (assign) {
+    _tile_zero(0);
+    if constexpr (C > 1) _tile_zero(1);
+    if constexpr (R > 1) _tile_zero(2);
+    if constexpr (R > 1 && C > 1) _tile_zero(3);
+  } else {
+    _tile_loadd(0, out, row_bytes);
+    if constexpr (C > 1) _tile_loadd(1, out + kTileSide, row_bytes);
+    if constexpr (R > 1) _tile_loadd(2, out + kTileSide * ld, row_bytes);
+    if constexpr (R > 1 && C > 1) _tile_loadd(3, out + kTileSide * ld + kTileSide, row_bytes);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    Ahead::Lines lines = ahead.take(2 * kSplitParts * R * C);
+    // h l, h m, h h, m h, m m, l h: 16 loads for 24 products
     load_left_part<R>(left, 0);
     load_right_part<C>(right, 2);
-    multiply_parts<R, C>();
+    multiply_parts<R, C>(lines);
     load_right_part<C>(right, 1);
-    multiply_parts<R, C>();
+    multiply_parts<R, C>(lines);
     load_right_part<C>(right, 0);
-    multiply_parts<R, C>();
+    multiply_parts<R, C>(lines);
     load_left_part<R>(left, 1);
-    multiply_parts<R, C>();
+    multiply_parts<R, C>(lines);
     load_right_part<C>(right, 1);
-    multiply_parts<R, C>();
+    multiply_parts<R, C>(lines);
     load_left_part<R>(left, 2);
     load_right_part<C>(right, 0);
-    multiply_parts<R, C>();
+    multiply_parts<R, C>(lines);
     left.words += kSplitWords;
     right.words += kSplitWords;
   }
-  const int64_t row_bytes = ld * static_cast<int64_t>(sizeof(float));
   _tile_stored(0, out, row_bytes);
   if constexpr (C > 1) _tile_stored(1, out + kTileSide, row_bytes);
   if constexpr (R > 1) _tile_stored(2, out + kTileSide * ld, row_bytes);
@@ -135,21 +153,21 @@ constexpr int64_t kSplitSide = 2 * kTileSide;
 
 // The same for up to 32 rows and columns: whole tiles of them are written.
 inline void multiply_split(int64_t steps, int64_t rows, int64_t columns, SplitOperand left, SplitOperand right,
-                           float* out, int64_t ld) {
+                           bool assign, float* out, int64_t ld, Ahead& ahead) {
   if (rows > kTileSide) {
-    return columns > kTileSide ? multiply_split<2, 2>(steps, left, right, out, ld)
-                               : multiply_split<2, 1>(steps, left, right, out, ld);
+    return columns > kTileSide ? multiply_split<2, 2>(steps, left, right, assign, out, ld, ahead)
+                               : multiply_split<2, 1>(steps, left, right, assign, out, ld, ahead);
   }
-  return columns > kTileSide ? multiply_split<1, 2>(steps, left, right, out, ld)
-                             : multiply_split<1, 1>(steps, left, right, out, ld);
+  return columns > kTileSide ? multiply_split<1, 2>(steps, left, right, assign, out, ld, ahead)
+                             : multiply_split<1, 1>(steps, left, right, assign, out, ld, ahead);
 }
 
 // c (=, +=, -=) a b on up to 32 rows and columns; nothing else is written.
 template <Store kStore>
 inline void update_split(int64_t steps, int64_t rows, int64_t columns, SplitOperand left, SplitOperand right, float* c,
-                         int64_t ld) {
+                         int64_t ld, Ahead& ahead) {
   alignas(64) float out[kSplitSide * kSplitSide];
-  multiply_split(steps, rows, columns, left, right, out, kSplitSide);
+  multiply_split(steps, rows, columns, left, right, true, out, kSplitSide, ahead);
   finish_stores();
   for (int64_t j = 0; j < columns; j += kTileSide) {
     const __mmask16 inside = first_lanes(columns - j);

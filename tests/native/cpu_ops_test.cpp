@@ -136,8 +136,9 @@ void test_conv(Tally& tally, const OpTable& table, const Options& options) {
 
 template <typename T>
 void test_precondition(Tally& tally, const OpTable& table, const Options& options) {
-  const std::vector<Layer> small = {{1, 1, false}, {1, 1, true},  {1, 9, true},   {8, 8, false},    {24, 24, true},
-                                    {5, 25, true}, {31, 7, true}, {64, 65, true}, {49, 100, false}, {130, 33, true}};
+  const std::vector<Layer> small = {{1, 1, false},    {1, 1, true},    {1, 9, true},    {8, 8, false},
+                                    {24, 24, true},   {5, 25, true},   {31, 7, true},   {64, 65, true},
+                                    {49, 100, false}, {130, 33, true}, {150, 129, true}};
   for (const DType from : kElements) {
     for (const DType to : kElements) {
       for (int layout = 0; layout < 3; ++layout) {
@@ -149,8 +150,10 @@ void test_precondition(Tally& tally, const OpTable& table, const Options& option
     }
   }
   check_precondition<T>(tally, table, {}, DType::f32, DType::f32, 0, false, options.threads);
-  check_precondition<T>(tally, table, {{260, 300, true}, {10, 10, true}}, DType::f32, DType::f32, 0, true,
-                        options.threads);
+  for (const bool in_place : {false, true}) {
+    check_precondition<T>(tally, table, {{260, 300, true}, {10, 10, true}, {330, 200, false}}, DType::f32, DType::f32,
+                          0, in_place, options.threads);
+  }
 }
 
 // Every 16-bit pattern goes through a factor update of one row and through precondition with unit inverses.

@@ -19,14 +19,15 @@ void split_product(int sign, int64_t m, int64_t n, int64_t depth, const float* a
   }
   finish_stores();
   const TileRegisters registers;
+  Ahead nothing;
   for (int64_t i = 0; i < m; i += kSplitSide) {
     for (int64_t j = 0; j < n; j += kSplitSide) {
       const int64_t rows = min(kSplitSide, m - i), columns = min(kSplitSide, n - j);
       const SplitOperand x = {words + i / kTileSide * next, next}, y = {right + j / kTileSide * next, next};
       float* out = c + i * ldc + j;
-      if (sign == 0) update_split<Store::assign>(steps, rows, columns, x, y, out, ldc);
-      if (sign > 0) update_split<Store::add>(steps, rows, columns, x, y, out, ldc);
-      if (sign < 0) update_split<Store::subtract>(steps, rows, columns, x, y, out, ldc);
+      if (sign == 0) update_split<Store::assign>(steps, rows, columns, x, y, out, ldc, nothing);
+      if (sign > 0) update_split<Store::add>(steps, rows, columns, x, y, out, ldc, nothing);
+      if (sign < 0) update_split<Store::subtract>(steps, rows, columns, x, y, out, ldc, nothing);
     }
   }
 }
