@@ -192,7 +192,6 @@ void precondition_layer(const Precondition& op, int layer, int next, const Scrat
   if constexpr (kHasMatrixTiles<T>) {
     if (shape.split<T>()) {
       Ahead ahead = memory_of<T>(op, next);
-      const TileRegisters registers;
       static_cast<T*>(op.dot)[layer] =
           precondition_split(static_cast<const T*>(op.g_inverse) + op.g_plan.offset(layer),
                              static_cast<const T*>(op.a_inverse) + op.a_plan.offset(layer), op.gradients[layer],

@@ -16,6 +16,8 @@ namespace kfac_fast::cpu::KFAC_FAST_ISA {
 constexpr int64_t kSplitParts = 3;
 constexpr int64_t kSplitWords = kSplitParts * kTileWords;  // 32-bit words of one step of one tile: h, m, l
 
+constexpr int64_t kSplitSide = 2 * kTileSide;  // of a block of sums
+
 inline int64_t split_tiles(int64_t rows) { return ceil_div(rows, kTileSide); }
 inline int64_t split_steps(int64_t depth) { return ceil_div(depth, kTileDepth); }
 
@@ -148,8 +150,6 @@ inline void multiply_split(int64_t steps, SplitOperand left, SplitOperand right,
   if constexpr (R > 1) _tile_stored(2, out + kTileSide * ld, row_bytes);
   if constexpr (R > 1 && C > 1) _tile_stored(3, out + kTileSide * ld + kTileSide, row_bytes);
 }
-
-constexpr int64_t kSplitSide = 2 * kTileSide;
 
 // The same for up to 32 rows and columns: whole tiles of them are written.
 inline void multiply_split(int64_t steps, int64_t rows, int64_t columns, SplitOperand left, SplitOperand right,

@@ -183,7 +183,7 @@ inline float store_block(const Matrix& v, const Matrix& u, int64_t n, int64_t ro
 }
 
 // finish(row, column, rows, columns, block) for every block of 32 x 32 of an [m, n] product, in square groups side by
-// side on all threads. A single thread has its tile registers set up and asks for its next layer's memory.
+// side on all threads. A single thread asks for its next layer's memory.
 template <typename Finish>
 inline void split_product(int threads, int64_t m, int64_t n, int64_t depth, const int32_t* left, const int32_t* right,
                           float* sums, Ahead& ahead, Finish&& finish) {
@@ -222,6 +222,7 @@ inline void split_product(int threads, int64_t m, int64_t n, int64_t depth, cons
   };
   const int64_t tasks = ceil_div(rows, group) * across;
   if (threads == 1) {
+    const TileRegisters registers;
     for (int64_t task = 0; task < tasks; ++task) multiply(task, sums, ahead);
     return;
   }
