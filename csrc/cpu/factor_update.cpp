@@ -60,20 +60,11 @@ Shape shape_of(const FactorUpdate& op, int block) {
   return {rows.m, op.plan.size(block), shifted_gram_applies(rows), matrix_tiles_apply<T>(rows)};
 }
 
-// Square roots of the weights of rows [first, first + depth), or null when there are none.
-template <typename T>
-const T* root_weights(const Rows& rows, int64_t first, int64_t depth, T* out) {
-  if (rows.weights == nullptr) return nullptr;
-  const T* weights = static_cast<const T*>(rows.weights) + first;
-  for (int64_t k = 0; k < depth; ++k) out[k] = square_root(weights[k]);
-  return out;
-}
-
 // sum <- X^T X over rows [begin, end), by one thread.
 template <typename T>
 void gram(const Rows& rows, int64_t begin, int64_t end, Padded<T> shape, const Scratch<T>& scratch, T* sum) {
   if constexpr (kHasMatrixTiles<T>) {
-    if (matrix_tiles_apply<T>(rows)) return gram_by_tiles(rows, begin, end, 1, scratch.tiles, sum);
+    if (matrix_tiles_apply<T>(rows)) return gram_by_tiles(rows, begin, end, 0, 1, scratch.tiles, sum);
   }
   Ahead nothing;
   for (int64_t first = begin; first < end || first == begin; first += kChunkRows<T>) {
@@ -92,10 +83,15 @@ void gram(const Rows& rows, int64_t begin, int64_t end, Padded<T> shape, const S
 
 // The same by all threads: panels are packed, then tiles updated, side by side.
 template <typename T>
-void gram_by_team(const Rows& rows, int threads, Padded<T> shape, const Scratch<T>& scratch, T* sum) {
+void gram_by_team(const Rows& rows, int threads, Padded<T> shape, const Scratch<T>* all, T* sum) {
   if constexpr (kHasMatrixTiles<T>) {
-    if (matrix_tiles_apply<T>(rows)) return gram_by_tiles(rows, 0, rows.m, threads, scratch.tiles, sum);
+    if (matrix_tiles_apply<T>(rows)) {
+      return parallel_for(threads, threads, [&](int64_t share, int thread) {
+        gram_by_tiles(rows, 0, rows.m, static_cast<int>(share), threads, all[thread].tiles, sum);
+      });
+    }
   }
+  const Scratch<T>& scratch = all[0];
   for (int64_t first = 0; first < rows.m; first += kChunkRows<T>) {
     const int64_t depth = min(kChunkRows<T>, rows.m - first);
     const T* weights = root_weights(rows, first, depth, scratch.root_weights);
@@ -220,7 +216,7 @@ void update_block_by_team(const FactorUpdate& op, int block, int threads, const 
   if (shape.shifted) {
     shifted_gram(rows, threads, scratch[0].shifted, [&](int thread) { return scratch[thread].cells; }, sum, padded);
   } else if (shape.segments() == 1) {
-    gram_by_team(rows, threads, padded, scratch[0], sum);
+    gram_by_team(rows, threads, padded, scratch, sum);
   } else {
     const int64_t step = shape.segment_rows();
     parallel_for(threads, shape.segments(), [&](int64_t segment, int thread) {
@@ -257,7 +253,8 @@ void lay_out(const FactorUpdate& op, int threads, Arena& arena, Scratch<T>* scra
       cells = max(cells, gram.cells_numel());
     } else {
       if (shape.tiles) {
-        sizes.tiles = TileScratch::words(shape.n);
+        sizes.tiles = TileScratch::words(shape.n, split_parts(op.rows[block]));
+        own.include({0, 0, sizes.tiles, 0, 0});
       } else {
         sizes.panels = Padded<T>{shape.n}.panels() * kPanel<T> * kChunkRows<T>;
       }

@@ -1,41 +1,51 @@
-// X^T X of bfloat16 rows with the processor's matrix instructions (AMX): exact products, sums in float32. A tile
-// register holds 16 rows of 64 bytes; an instruction multiplies 16 x 32 by 32 x 16 elements. To it subnormal numbers,
-// whose squares vanish in float32 anyway, are zeros. Compiled in the namespace of these instructions alone; amx.h says
-// whether they may run.
+// X^T X with the processor's matrix instructions (AMX): X as one, two or three bfloat16 numbers an element
+// (split_float.h), sums in float32. Every thread packs all of X for itself and sums its own rows of X^T X: nobody waits
+// for anybody, and sums stay in the cache of their thread.
 #pragma once
 
 #include "../ops.h"
+#include "pack.h"
+#include "split_float.h"
 #include "support.h"
 #include "symmetric_update.h"
-#include "tile_registers.h"
-#include "transpose.h"
 
 namespace kfac_fast::cpu::KFAC_FAST_ISA {
 
-// Weighted rows are no bfloat16 numbers any more; they, and rows that are not contiguous, take the general path.
-template <typename T>
-inline bool matrix_tiles_apply(const Rows& rows) {
-  return kHasMatrixTiles<T> && rows.dtype == DType::bf16 && rows.conv == nullptr && rows.weights == nullptr &&
-         rows.col_stride == 1;
+// The bfloat16 numbers that an element of X, weighted, is the sum of.
+inline int split_parts(const Rows& rows) {
+  if (rows.weights != nullptr) return 3;
+  return rows.dtype == DType::bf16 ? 1 : rows.dtype == DType::f16 ? 2 : 3;
 }
 
-// Rows of X packed at a time: both forms of one pair of column tiles fit the first-level cache.
-constexpr int64_t kTileChunkRows = 256;
-constexpr int64_t kTileSteps = kTileChunkRows / kTileDepth;
+// Rows of three parts are worth their packing from here on; below, the general path is faster.
+constexpr int64_t kMinSplitColumns = 96;
+
+template <typename T>
+inline bool matrix_tiles_apply(const Rows& rows) {
+  return kHasMatrixTiles<T> && (split_parts(rows) < 3 || (rows.d >= kMinSplitColumns && rows.m >= kTileDepth));
+}
 
 inline int64_t column_tiles(int64_t n) { return ceil_div(n, kTileSide); }
 
-// A chunk of X in both forms that the instruction reads, [column tiles, kTileSteps, kTileWords] 32-bit words each.
-struct TileScratch {
-  int32_t* right = nullptr;  // word (p, j) of a tile: rows 2p and 2p + 1 of column j
-  int32_t* left = nullptr;   // the same transposed
+// Steps of kTileDepth rows packed at a time: two column tiles fit the first-level cache, all of them the second-level
+// cache beside the sums.
+constexpr int64_t kFirstLevelSteps = 16;
+constexpr int64_t kPackedTiles = 768;
+inline int64_t tile_steps(int64_t n, int parts) {
+  return max(1, min(kFirstLevelSteps, kPackedTiles / max(1, column_tiles(n))) / parts);
+}
 
-  static int64_t words(int64_t n) { return column_tiles(n) * kTileSteps * kTileWords; }
+// A chunk of X in the form of a right operand, all of it, and of a left one, a pair of column tiles.
+struct TileScratch {
+  int32_t* right = nullptr;  // [column tiles, steps, parts, kTileWords]
+  int32_t* left = nullptr;   // [2, steps, parts, kTileWords]
+
+  static int64_t words(int64_t n, int parts) { return column_tiles(n) * tile_steps(n, parts) * parts * kTileWords; }
 
   static TileScratch take(Arena& arena, int64_t words) {
     TileScratch scratch;
     scratch.right = arena.take<int32_t>(words);
-    scratch.left = arena.take<int32_t>(words);
+    scratch.left = arena.take<int32_t>(words > 0 ? 2 * kFirstLevelSteps * kTileWords : 0);
     return scratch;
   }
 };
@@ -45,114 +55,215 @@ inline int64_t tile_sum_numel(int64_t n) { return column_tiles(n) * kTileSide * 
 
 #if defined(__AMX_BF16__)
 
-// Rows [first, first + kTileDepth) of X, those from `end` on zero, as step `step` of every column tile.
-inline void pack_tiles(const Rows& rows, int64_t first, int64_t end, int64_t step, const TileScratch& scratch) {
-  const int64_t n = rows.d + rows.bias;
-  const uint16_t* x = static_cast<const uint16_t*>(rows.data) + first * rows.row_stride;
-  const int64_t depth = min(kTileDepth, end - first);
-  for (int64_t tile = 0; tile < column_tiles(n); ++tile) {
-    const int64_t begin = tile * kTileSide;
-    const int64_t columns = max(0, min(kTileSide, rows.d - begin));
-    const auto inside = static_cast<__mmask16>((1u << columns) - 1);
-    const auto ones = static_cast<__mmask16>(rows.bias && rows.d - begin < kTileSide ? 1u << (rows.d - begin) : 0u);
-    const auto row_at = [&](int64_t k) {
-      if (k >= depth) return _mm512_setzero_si512();
-      const uint16_t* row = x + k * rows.row_stride + begin;
-      _mm_prefetch(reinterpret_cast<const char*>(row + kTileDepth * rows.row_stride), _MM_HINT_T0);
-      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, row));
-      return _mm512_mask_mov_epi32(wide, ones, _mm512_set1_epi32(0x3f80));
-    };
-    Vec<float> words[kTileSide];
-    const int64_t at = (tile * kTileSteps + step) * kTileWords;
-    for (int64_t pair = 0; pair < kTileSide; ++pair) {
-      const __m512i word = _mm512_or_si512(row_at(2 * pair), _mm512_slli_epi32(row_at(2 * pair + 1), 16));
-      _mm512_store_si512(scratch.right + at + pair * kTileSide, word);
-      words[pair] = reinterpret_cast<Vec<float>>(word);
-    }
-    transpose<float>(words);
-    for (int64_t column = 0; column < kTileSide; ++column) {
-      _mm512_store_si512(scratch.left + at + column * kTileSide, reinterpret_cast<__m512i>(words[column]));
-    }
+// For the intrinsics whose forms without a mask GCC 12 takes for uses of uninitialised variables.
+constexpr __mmask8 kWhole8 = 0xff;
+constexpr __mmask16 kWhole16 = 0xffff;
+
+// One step of two column tiles, `next` words apart, from bfloat16 rows. Elements k and k + 16 of a column make a word,
+// as in split_float.h.
+inline void pack_bfloat16(const uint16_t* x, int64_t row_stride, int64_t depth, int64_t columns, bool bias,
+                          int32_t* words, int64_t next, bool both) {
+  const auto inside = static_cast<__mmask32>(columns >= 32 ? 0xffffffff : columns <= 0 ? 0 : (1u << columns) - 1);
+  const auto ones = static_cast<__mmask32>(bias ? 1u << columns : 0u);
+  // Halves of lanes so that interleaving them leaves the columns in order.
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const auto row_at = [=](int64_t k) {
+    if (k >= depth) return _mm512_setzero_si512();
+    const uint16_t* row = x + k * row_stride;
+    _mm_prefetch(reinterpret_cast<const char*>(row + kTileDepth * row_stride), _MM_HINT_T0);
+    const __m512i line = _mm512_mask_mov_epi16(_mm512_maskz_loadu_epi16(inside, row), ones, _mm512_set1_epi16(0x3f80));
+    return _mm512_maskz_permutexvar_epi64(kWhole8, order, line);
+  };
+  for (int64_t pair = 0; pair < kTileSide; ++pair) {
+    const __m512i low = row_at(pair), high = row_at(pair + kTileSide);
+    _mm512_store_si512(words + pair * kTileSide, _mm512_unpacklo_epi16(low, high));
+    if (both) _mm512_store_si512(words + next + pair * kTileSide, _mm512_unpackhi_epi16(low, high));
   }
 }
 
-// sum (=, +=) left^T right on R x C tiles, R and C up to 2, over all steps of a chunk.
-template <int R, int C>
-inline void multiply_tiles(int64_t steps, const int32_t* left, const int32_t* right, float* sum, int64_t ld,
-                           bool assign) {
-  constexpr int64_t kNext = kTileSteps * kTileWords;
-  constexpr int64_t kRowBytes = kTileSide * 4;
-  alignas(64) float out[R][C][kTileWords];
-  _tile_zero(0);
-  if constexpr (C > 1) _tile_zero(1);
-  if constexpr (R > 1) _tile_zero(2);
-  if constexpr (R > 1 && C > 1) _tile_zero(3);
-  for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, left, kRowBytes);
-    _tile_loadd(6, right, kRowBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (C > 1) {
-      _tile_loadd(7, right + kNext, kRowBytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (R > 1) {
-      _tile_loadd(5, left + kNext, kRowBytes);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
-    left += kTileWords;
-    right += kTileWords;
-  }
-  _tile_stored(0, out[0][0], kRowBytes);
-  if constexpr (C > 1) _tile_stored(1, out[0][C - 1], kRowBytes);
-  if constexpr (R > 1) _tile_stored(2, out[R - 1][0], kRowBytes);
-  if constexpr (R > 1 && C > 1) _tile_stored(3, out[R - 1][C - 1], kRowBytes);
-  finish_stores();
-  for (int64_t r = 0; r < R * kTileSide; ++r) {
-    KFAC_FAST_UNROLL
-    for (int64_t c = 0; c < C; ++c) {
-      float* to = sum + r * ld + c * kTileSide;
-      const Vec<float> part = load(out[r / kTileSide][c] + r % kTileSide * kTileSide);
-      store(to, assign ? part : load(to) + part);
-    }
+// The same of any rows through a panel of float32.
+template <int kParts>
+inline void pack_split(const Rows& rows, int64_t first, int64_t depth, const float* root_weights, int64_t panel,
+                       int32_t* words, int64_t next) {
+  alignas(64) float x[kTileDepth * kPanel<float>];
+  pack_rows(rows, first, depth, panel, root_weights, x);
+  const int64_t begin = panel * kPanel<float>;
+  const int64_t n = rows.d + rows.bias;
+  for (int64_t c = 0; c < kPanel<float> && begin + c < n; c += kTileSide) {
+    pack_right<kParts>(x + c, kPanel<float>, depth, kTileSide, words + (begin + c) / kTileSide * next);
   }
 }
+
+// Rows [first, first + depth) of X as one step of every column tile.
+template <int kParts>
+inline void pack_step(const Rows& rows, int64_t first, int64_t depth, int32_t* words, int64_t next) {
+  const int64_t n = rows.d + rows.bias;
+  if (kParts == 1 && rows.conv == nullptr && rows.col_stride == 1) {
+    const uint16_t* x = static_cast<const uint16_t*>(rows.data) + first * rows.row_stride;
+    for (int64_t begin = 0; begin < n; begin += 2 * kTileSide) {
+      const bool bias = rows.bias && rows.d - begin < 2 * kTileSide;
+      pack_bfloat16(x + begin, rows.row_stride, depth, rows.d - begin, bias, words + begin / kTileSide * next, next,
+                    begin + kTileSide < n);
+    }
+    return;
+  }
+  int64_t packed = 0;  // columns
+  float weights[kTileDepth];
+  if (kParts == 3 && rows.conv == nullptr && rows.col_stride == 1 && rows.weights == nullptr &&
+      rows.dtype == DType::f32) {
+    const float* x = static_cast<const float*>(rows.data) + first * rows.row_stride;
+    for (; packed + kPanel<float> <= rows.d; packed += kPanel<float>) {
+      for (int64_t c = packed; c < packed + kPanel<float>; c += kTileSide) {
+        pack_right<kParts>(x + c, rows.row_stride, depth, kTileSide, words + c / kTileSide * next);
+      }
+    }
+  }
+  for (; packed < n; packed += kPanel<float>) {
+    pack_split<kParts>(rows, first, depth, root_weights(rows, first, depth, weights), packed / kPanel<float>, words,
+                       next);
+  }
+}
+
+// The words of a tile transposed. The vectors are put together of quarters in memory, for which the processor has more
+// room than for shuffles.
+inline void transpose_words(const int32_t* in, int32_t* out) {
+  KFAC_FAST_UNROLL
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    __m512i row[4];
+    KFAC_FAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const auto at = [&](int64_t r) {
+        return _mm_load_si128(reinterpret_cast<const __m128i*>(in + r * kTileSide + 4 * quarter));
+      };
+      row[i] = _mm512_castsi128_si512(at(i));
+      row[i] = _mm512_mask_broadcast_i32x4(row[i], 0x00f0, at(4 + i));
+      row[i] = _mm512_mask_broadcast_i32x4(row[i], 0x0f00, at(8 + i));
+      row[i] = _mm512_mask_broadcast_i32x4(row[i], 0xf000, at(12 + i));
+    }
+    const __m512i a = _mm512_maskz_unpacklo_epi32(kWhole16, row[0], row[1]),
+                  b = _mm512_maskz_unpackhi_epi32(kWhole16, row[0], row[1]);
+    const __m512i c = _mm512_maskz_unpacklo_epi32(kWhole16, row[2], row[3]),
+                  d = _mm512_maskz_unpackhi_epi32(kWhole16, row[2], row[3]);
+    int32_t* to = out + 4 * quarter * kTileSide;
+    _mm512_store_si512(to, _mm512_maskz_unpacklo_epi64(kWhole8, a, c));
+    _mm512_store_si512(to + kTileSide, _mm512_maskz_unpackhi_epi64(kWhole8, a, c));
+    _mm512_store_si512(to + 2 * kTileSide, _mm512_maskz_unpacklo_epi64(kWhole8, b, d));
+    _mm512_store_si512(to + 3 * kTileSide, _mm512_maskz_unpackhi_epi64(kWhole8, b, d));
+  }
+}
+
+// Products of blocks of up to 2 x 2 tiles on their way into the sum: a block's are added while the next is multiplied.
+class TileSums {
+ public:
+  TileSums(float* sum, int64_t ld) : sum_(sum), ld_(ld) {}
+
+  // sum (=, +=) left right at tile row `row` and tile column `column`.
+  template <int kParts, int R, int C>
+  void multiply(int64_t steps, SplitOperand left, SplitOperand right, int64_t row, int64_t column, bool assign) {
+    float* to = sum_ + row * kTileSide * ld_ + column * kTileSide;
+    const int64_t rows = ceil_div(kSplitSide, max(1, steps));  // no steps: no rows at all
+    multiply_split<R, C, kParts>(steps, left, right, true, out_[current_], kSplitSide, [&](int64_t step) {
+      for (int64_t r = step * rows; r < min((step + 1) * rows, R * kTileSide); ++r) {
+        __builtin_prefetch(to + r * ld_, 1);
+        if (C > 1) __builtin_prefetch(to + r * ld_ + kTileSide, 1);
+      }
+      add(rows);
+      return NothingAhead{};
+    });
+    finish();
+    waiting_ = {to, R * kTileSide, C > 1, assign};
+    current_ = 1 - current_;
+    row_ = 0;
+  }
+
+  void finish() { add(kSplitSide); }
+
+ private:
+  struct Block {
+    float* to = nullptr;
+    int64_t rows = 0;
+    bool wide = false, assign = false;
+  };
+
+  // The next `count` rows of the block that waits.
+  void add(int64_t count) {
+    finish_stores();
+    const int64_t end = min(row_ + count, waiting_.rows);
+    const float* out = out_[1 - current_];
+    for (; row_ < end; ++row_) {
+      add_vector(out + row_ * kSplitSide, waiting_.to + row_ * ld_);
+      if (waiting_.wide) add_vector(out + row_ * kSplitSide + kTileSide, waiting_.to + row_ * ld_ + kTileSide);
+    }
+  }
+
+  void add_vector(const float* out, float* to) const { store(to, waiting_.assign ? load(out) : load(to) + load(out)); }
+
+  alignas(64) float out_[2][kSplitSide * kSplitSide];
+  float* sum_;
+  int64_t ld_, row_ = 0;
+  int current_ = 0;
+  Block waiting_;
+};
 
 // Tile rows [row, row + 2) of the lower triangle of X^T X, or the last one.
-inline void multiply_tile_rows(int64_t row, int64_t n, int64_t steps, const TileScratch& scratch, float* sum,
-                               bool assign) {
-  constexpr int64_t kNext = kTileSteps * kTileWords;
-  const int64_t ld = Padded<float>{n}.ld();
-  const int64_t tiles = column_tiles(n);
-  const int32_t* left = scratch.left + row * kNext;
-  float* out = sum + row * kTileSide * ld;
-  if (row + 1 == tiles) {  // also the only one, where n <= 16
-    for (int64_t column = 0; column < row; column += 2) {
-      multiply_tiles<1, 2>(steps, left, scratch.right + column * kNext, out + column * kTileSide, ld, assign);
+template <int kParts>
+inline void add_tile_rows(int64_t row, int64_t n, int64_t steps, const TileScratch& scratch, TileSums& sums,
+                          bool assign) {
+  const int64_t next = tile_steps(n, kParts) * kParts * kTileWords;
+  const int64_t tiles = min(2, column_tiles(n) - row);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t at = 0; at < steps * kParts * kTileWords; at += kTileWords) {
+      transpose_words(scratch.right + (row + tile) * next + at, scratch.left + tile * next + at);
     }
-    return multiply_tiles<1, 1>(steps, left, scratch.right + row * kNext, out + row * kTileSide, ld, assign);
   }
-  for (int64_t column = 0; column <= row; column += 2) {
-    multiply_tiles<2, 2>(steps, left, scratch.right + column * kNext, out + column * kTileSide, ld, assign);
+  finish_stores();
+  const SplitOperand left = {scratch.left, next};
+  for (int64_t column = 0; column < row + tiles; column += 2) {
+    const SplitOperand right = {scratch.right + column * next, next};
+    if (tiles == 2) {
+      sums.multiply<kParts, 2, 2>(steps, left, right, row, column, assign);
+    } else if (column < row) {
+      sums.multiply<kParts, 1, 2>(steps, left, right, row, column, assign);
+    } else {
+      sums.multiply<kParts, 1, 1>(steps, left, right, row, column, assign);
+    }
   }
 }
 
-// sum <- X^T X over rows [begin, end), lower triangle, on up to `threads` threads that share the scratch.
-inline void gram_by_tiles(const Rows& rows, int64_t begin, int64_t end, int threads, const TileScratch& scratch,
-                          float* sum) {
+// Share `share` of `shares` of the tile rows of sum <- X^T X over rows [begin, end), lower triangle.
+template <int kParts>
+inline void gram_by_tiles(const Rows& rows, int64_t begin, int64_t end, int share, int shares,
+                          const TileScratch& scratch, float* sum) {
+  const TileRegisters registers;
   const int64_t n = rows.d + rows.bias;
+  TileSums sums(sum, Padded<float>{n}.ld());
   const int64_t pairs = ceil_div(column_tiles(n), 2);
-  for (int64_t first = begin; first < end || first == begin; first += kTileChunkRows) {
-    const int64_t steps = ceil_div(min(kTileChunkRows, end - first), kTileDepth);
-    parallel_for(threads, steps, [&](int64_t step, int) {
-      pack_tiles(rows, first + step * kTileDepth, end, step, scratch);
-      finish_stores();
-    });
-    // The longest rows first. A row's part of the sum stays with a thread only by chance.
-    parallel_for(threads, pairs, [&](int64_t pair, int) {
-      const TileRegisters registers;
-      multiply_tile_rows(2 * (pairs - 1 - pair), n, steps, scratch, sum, first == begin);
-    });
+  const int64_t chunk_steps = tile_steps(n, kParts), chunk = chunk_steps * kTileDepth;
+  const int64_t next = chunk_steps * kParts * kTileWords;
+  for (int64_t first = begin; first < end || first == begin; first += chunk) {
+    const int64_t steps = ceil_div(min(chunk, end - first), kTileDepth);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t at = first + step * kTileDepth;
+      pack_step<kParts>(rows, at, min(kTileDepth, end - at), scratch.right + step * kParts * kTileWords, next);
+    }
+    // Long rows and short ones in turn, so that the shares are even.
+    for (int64_t round = 0; round * shares < pairs; ++round) {
+      const int64_t pair = round * shares + (round % 2 == 0 ? share : shares - 1 - share);
+      if (pair < pairs) add_tile_rows<kParts>(2 * (pairs - 1 - pair), n, steps, scratch, sums, first == begin);
+    }
+    sums.finish();
+  }
+}
+
+inline void gram_by_tiles(const Rows& rows, int64_t begin, int64_t end, int share, int shares,
+                          const TileScratch& scratch, float* sum) {
+  switch (split_parts(rows)) {
+    case 1:
+      return gram_by_tiles<1>(rows, begin, end, share, shares, scratch, sum);
+    case 2:
+      return gram_by_tiles<2>(rows, begin, end, share, shares, scratch, sum);
+    default:
+      return gram_by_tiles<3>(rows, begin, end, share, shares, scratch, sum);
   }
 }
 

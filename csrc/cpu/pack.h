@@ -37,6 +37,15 @@ inline void pack_strided(const Source* x, int64_t row_stride, int64_t col_stride
   }
 }
 
+// Square roots of the weights of rows [first, first + depth), or null when there are none.
+template <typename T>
+inline const T* root_weights(const Rows& rows, int64_t first, int64_t depth, T* out) {  // [depth]
+  if (rows.weights == nullptr) return nullptr;
+  const T* weights = static_cast<const T*>(rows.weights) + first;
+  for (int64_t k = 0; k < depth; ++k) out[k] = square_root(weights[k]);
+  return out;
+}
+
 // Rows [first, first + depth) of one block of a factor update.
 template <typename T>
 inline void pack_rows(const Rows& rows, int64_t first, int64_t depth, int64_t index,

@@ -24,12 +24,13 @@ inline int64_t split_steps(int64_t depth) { return ceil_div(depth, kTileDepth); 
 #if defined(__AMX_BF16__)
 
 // The parts of 16 pairs of numbers as rows of three tiles: word i holds low[i] and, in its upper half, high[i].
+template <int kParts = kSplitParts>
 inline __attribute__((always_inline)) void split_pairs(__m512 low, __m512 high, int32_t* words) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000)), half = _mm512_set1_epi32(0x8000);
   KFAC_FAST_UNROLL
-  for (int part = 0; part < kSplitParts; ++part) {
+  for (int part = 0; part < kParts; ++part) {
     // To nearest: what is left fits the parts to come with a bit to spare. Of the last part nothing is left.
-    const __m512i round = part + 1 < kSplitParts ? half : _mm512_setzero_si512();
+    const __m512i round = part + 1 < kParts ? half : _mm512_setzero_si512();
     const __m512i l = _mm512_add_epi32(_mm512_castps_si512(low), round);
     const __m512i h = _mm512_add_epi32(_mm512_castps_si512(high), round);
     constexpr int kSelect = 0xca;  // bits of the second where the first is 1, else of the third
@@ -62,15 +63,16 @@ inline void pack_left(const float* a, int64_t ld, int64_t rows, int64_t depth, i
 }
 
 // Up to 16 columns of the right operand, row-major.
+template <int kParts = kSplitParts>
 inline void pack_right(const float* b, int64_t ld, int64_t depth, int64_t columns, int32_t* words) {
   const __mmask16 inside = first_lanes(columns);
   for (int64_t k = 0; k < depth; k += kTileDepth) {
     for (int64_t i = k; i < k + kTileSide; ++i) {
-      split_pairs(_mm512_maskz_loadu_ps(i < depth ? inside : 0, b + i * ld),
-                  _mm512_maskz_loadu_ps(i + kTileSide < depth ? inside : 0, b + (i + kTileSide) * ld),
-                  words + (i - k) * kTileSide);
+      split_pairs<kParts>(_mm512_maskz_loadu_ps(i < depth ? inside : 0, b + i * ld),
+                          _mm512_maskz_loadu_ps(i + kTileSide < depth ? inside : 0, b + (i + kTileSide) * ld),
+                          words + (i - k) * kTileSide);
     }
-    words += kSplitWords;
+    words += kParts * kTileWords;
   }
 }
 
@@ -94,25 +96,59 @@ inline __attribute__((always_inline)) void load_right_part(const SplitOperand& r
 }
 
 // A line is asked for with every product: all of a step at once would stand in the way of its own loads.
-template <int R, int C>
-inline __attribute__((always_inline)) void multiply_parts(Ahead::Lines& ahead) {
-  KFAC_FAST_UNROLL
-  for (int line = 0; line < R * C; ++line) {
-    __builtin_prefetch(ahead.begin, 0, 2);
-    ahead.begin += ahead.step;
+struct LinesAhead {
+  Ahead::Lines lines;
+  void next() {
+    __builtin_prefetch(lines.begin, 0, 2);
+    lines.begin += lines.step;
   }
+};
+
+struct NothingAhead {
+  void next() {}
+};
+
+template <int R, int C, typename Lines>
+inline __attribute__((always_inline)) void multiply_parts(Lines& ahead) {
+  KFAC_FAST_UNROLL
+  for (int line = 0; line < R * C; ++line) ahead.next();
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (C > 1) _tile_dpbf16ps(1, 4, 7);
   if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
   if constexpr (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
 }
 
+// The products of one step: of three parts h l, h m, h h, m h, m m, l h, with 16 loads for 24 products; of two parts,
+// which hold numbers of 16 bits, all four; of one part, a bfloat16 number, the only one.
+template <int kParts, int R, int C, typename Lines>
+inline __attribute__((always_inline)) void multiply_step(const SplitOperand& left, const SplitOperand& right,
+                                                         Lines ahead) {
+  load_left_part<R>(left, 0);
+  KFAC_FAST_UNROLL
+  for (int part = kParts - 1; part >= 0; --part) {
+    load_right_part<C>(right, part);
+    multiply_parts<R, C>(ahead);
+  }
+  if constexpr (kParts > 1) {
+    load_left_part<R>(left, 1);
+    multiply_parts<R, C>(ahead);
+    load_right_part<C>(right, 1);
+    multiply_parts<R, C>(ahead);
+  }
+  if constexpr (kParts > 2) {
+    load_left_part<R>(left, 2);
+    load_right_part<C>(right, 0);
+    multiply_parts<R, C>(ahead);
+  }
+}
+
 // out (=, +=) a b on R x C tiles, R and C up to 2. Stores made before and loads made after belong outside
-// finish_stores().
-template <int R, int C>
+// finish_stores(). beside(step) runs with each step, where vector instructions take no time of the matrix instructions,
+// and says what to ask for during it.
+template <int R, int C, int kParts, typename Beside>
 inline void multiply_split(int64_t steps, SplitOperand left, SplitOperand right, bool assign,
                            float* out,  // [16 R, 16 C]
-                           int64_t ld, Ahead& ahead) {
+                           int64_t ld, Beside&& beside) {
   const int64_t row_bytes = ld * static_cast<int64_t>(sizeof(float));
   if (assign) {
     _tile_zero(0);
@@ -126,29 +162,21 @@ inline void multiply_split(int64_t steps, SplitOperand left, SplitOperand right,
     if constexpr (R > 1 && C > 1) _tile_loadd(3, out + kTileSide * ld + kTileSide, row_bytes);
   }
   for (int64_t step = 0; step < steps; ++step) {
-    Ahead::Lines lines = ahead.take(2 * kSplitParts * R * C);
-    // h l, h m, h h, m h, m m, l h: 16 loads for 24 products
-    load_left_part<R>(left, 0);
-    load_right_part<C>(right, 2);
-    multiply_parts<R, C>(lines);
-    load_right_part<C>(right, 1);
-    multiply_parts<R, C>(lines);
-    load_right_part<C>(right, 0);
-    multiply_parts<R, C>(lines);
-    load_left_part<R>(left, 1);
-    multiply_parts<R, C>(lines);
-    load_right_part<C>(right, 1);
-    multiply_parts<R, C>(lines);
-    load_left_part<R>(left, 2);
-    load_right_part<C>(right, 0);
-    multiply_parts<R, C>(lines);
-    left.words += kSplitWords;
-    right.words += kSplitWords;
+    multiply_step<kParts, R, C>(left, right, beside(step));
+    left.words += kParts * kTileWords;
+    right.words += kParts * kTileWords;
   }
   _tile_stored(0, out, row_bytes);
   if constexpr (C > 1) _tile_stored(1, out + kTileSide, row_bytes);
   if constexpr (R > 1) _tile_stored(2, out + kTileSide * ld, row_bytes);
   if constexpr (R > 1 && C > 1) _tile_stored(3, out + kTileSide * ld + kTileSide, row_bytes);
+}
+
+template <int R, int C>
+inline void multiply_split(int64_t steps, SplitOperand left, SplitOperand right, bool assign, float* out, int64_t ld,
+                           Ahead& ahead) {
+  multiply_split<R, C, kSplitParts>(steps, left, right, assign, out, ld,
+                                    [&](int64_t) { return LinesAhead{ahead.take(2 * kSplitParts * R * C)}; });
 }
 
 // The same for up to 32 rows and columns: whole tiles of them are written.
