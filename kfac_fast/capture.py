@@ -37,6 +37,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from .chain import Trace
 from .hooks import EagerHook, Hook
+from .kept import Awaited
 from .layers import Inputs, Layer
 from .likelihoods import Likelihood
 from .models import Original, has_compiled_parts
@@ -141,7 +142,7 @@ class Capture:
         for tape in list(self._tapes):
             tape.close()
         self._drop_unfinished()
-        self._recorder.here.tape = None
+        self._recorder.start(None)
         self.batches = []
 
     def look_again(self) -> None:
@@ -173,7 +174,7 @@ class Capture:
         here = self._recorder.here
         if _extra.running or here.paused:
             return
-        here.tape = None
+        self._recorder.start(None)
         # Inside a backward pass this is a checkpoint that computes the model again.
         if self._unfinished and torch._C._current_graph_task_id() == -1:
             self._drop_unfinished(threading.get_ident())
@@ -190,7 +191,7 @@ class Capture:
                 self.on_trace(self.own_pass.trace(inputs))
             self.on_trace = None
         kept = Kept.of(self._model, inputs) if self.keep_batches else None
-        here.tape = Tape(inputs, wanted, notes=wanted and not self._runs_again, listens=listens, kept=kept)
+        self._recorder.start(Tape(inputs, wanted, notes=wanted and not self._runs_again, listens=listens, kept=kept))
 
     def _is_the_model_itself(self) -> bool:
         """Whether its own parameters are in place and no functorch transform is under way.
@@ -225,13 +226,18 @@ class Capture:
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    def _from_user(self, tape: Tape, layer: int, inputs: Inputs, gradient: Tensor) -> None:
+    def _from_user(self, tape: Tape, layer: int, inputs: Inputs | Awaited, gradient: Tensor) -> None:
         if _extra.running or tape.closed or not tape.notes:
             return
         if torch.is_grad_enabled():
             raise RuntimeError(_CREATE_GRAPH)
         self._begin(tape)
-        self._sink.add_rows(layer, inputs, gradient.detach(), tape.user)
+        gradient = gradient.detach()
+        if isinstance(inputs, Awaited):
+            tape.awaiting.append(inputs)
+            inputs.then(lambda inputs: self._sink.add_rows(layer, inputs, gradient, tape.user))
+        else:
+            self._sink.add_rows(layer, inputs, gradient, tape.user)
 
     @torch.compiler.disable  # also where the user's whole training step is compiled
     def _at_outputs(self, tape: Tape, number: int, outputs: Tensor, gradient: Tensor) -> None:
@@ -262,8 +268,7 @@ class Capture:
         if tape.notes and not tape.listens:
             source = GradientEdge(node, number)
             recomputed = unnoticed(self._model) if tape.recomputes else contextlib.nullcontext()
-            again = self._recorder.shown_again(tape, self._sender.meet)
-            with _extra_pass(), recomputed, shards_as_before(self._sharded), again:
+            with _extra_pass(), recomputed, shards_as_before(self._sharded):
                 self._sender.send(tape, source, outputs, gradient, counted)
         self._recorder.recomputing = tape if tape.hidden else None
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, tape, node, gradient, counted))
@@ -284,6 +289,7 @@ class Capture:
     def _finish(self, tape: Tape, node: Node, gradient: Tensor, counted: Tensor) -> None:
         """The backward pass of a tape has ended."""
         self._recorder.recomputing = None
+        tape.give_up()
         if tape not in self._unfinished:
             return
         if not tape.notes:
@@ -292,10 +298,6 @@ class Capture:
             self._seen |= shown
         else:
             self._seen |= tape.shown
-            if tape.missing:
-                self._recorder.kept |= tape.missing
-                with _extra_pass():
-                    self._seen |= self.own_pass.run(tape.inputs, gradient, counted, only=tape.missing)[1]
             if self._unknown:
                 self._unknown -= self._seen
                 self._fill_in(tape, gradient, counted)
@@ -320,6 +322,8 @@ class Capture:
     def _drop_unfinished(self, thread: int | None = None) -> None:
         """After a backward pass that raised (on this thread, if one is named), drops all that waits for the step."""
         if self._unfinished and (thread is None or thread in self._unfinished.values()):
+            for tape in self._unfinished:
+                tape.give_up()
             self._unfinished.clear()
             self._failed = True
             self._recorder.recomputing = None

@@ -90,11 +90,7 @@ class OwnPass:
         if values is not None and places is not None:
             self._sender.send_along(values, places, gradient, counted)
             return counted, set(range(len(self._layers)))
-        shown, missing = self._once(inputs, gradient, counted, only)
-        if missing:
-            self._recorder.kept |= missing
-            shown |= self._once(inputs, gradient, counted, missing)[0]
-        return counted, shown
+        return counted, self._once(inputs, gradient, counted, only)
 
     def _places(self, values: Values) -> dict[int, tuple[int, Layer]] | None:
         """Number and layer by position of the module, if all layers are there and `Values.pull_back` serves."""
@@ -104,10 +100,8 @@ class OwnPass:
         alone = all(len(layer.modules) == 1 and not layer.needs_own_pass for layer in self._layers)
         return layers if layers and fit and alone else None
 
-    def _once(
-        self, inputs: ModelInputs, gradient: Tensor, counted: Tensor, only: Collection[int] | None
-    ) -> tuple[set[int], set[int]]:
-        """Layers that were called, and those of them whose inputs were lost."""
+    def _once(self, inputs: ModelInputs, gradient: Tensor, counted: Tensor, only: Collection[int] | None) -> set[int]:
+        """Layers that were called."""
         tape = Tape(inputs, statistics=True, notes=True)
         # To the end, since a checkpoint runs parts of the model once more in the backward pass.
         with unnoticed(self._model), self._recorder.in_parts():
@@ -119,10 +113,8 @@ class OwnPass:
                     raise RuntimeError(REENTRANT)
             if only is not None:
                 tape.calls = [call for call in tape.calls if call.layer in only]
-                tape.missing &= set(only)
-            with self._recorder.shown_again(tape, self._sender.meet):
-                self._sender.send(tape, outputs, outputs.detach(), gradient, counted)
-        return shown, tape.missing
+            self._sender.send(tape, outputs, outputs.detach(), gradient, counted)
+        return shown
 
     def trace(self, inputs: ModelInputs) -> Trace:
         """Runs the model to see how its layers feed each other."""

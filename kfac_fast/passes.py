@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,10 +157,16 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
 
 
-def saves_are_packed() -> bool | None:
-    """Whether someone packs what autograd saves, as non-reentrant checkpoints do; None where torch can't tell (2.6)."""
+def packing() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The hooks that pack and unpack what autograd saves, as non-reentrant checkpoints do; None: none, or torch 2.6."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if top is None else top(True) is not None
+    return None if top is None else top(True)
+
+
+def saves_are_packed() -> bool | None:
+    """Whether someone packs what autograd saves; None where torch can't tell (2.6)."""
+    known = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    return packing() is not None if known else None
 
 
 def _eagerly() -> contextlib.AbstractContextManager[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .hooks import Hook
-from .kept import as_kept
+from .kept import Awaited, Watch, as_kept
 from .layers import Inputs, Layer
 from .passes import saves_are_packed
 from .tape import Call, Tape
@@ -22,8 +22,10 @@ from .tape import Call, Tape
 class _Here(threading.local):
     """What this thread is doing with one model."""
 
-    tape: Tape | None = None  # of the forward pass that is running
-    paused = False
+    def __init__(self) -> None:
+        self.tape: Tape | None = None  # of the forward pass that is running
+        self.paused = False
+        self.watches: list[tuple[int, Watch]] = []  # by layer, of those that are running
 
 
 class _Extra(threading.local):
@@ -44,26 +46,55 @@ class Recorder:
             pass, where the tape listens to that.
     """
 
-    def __init__(self, layers: Sequence[Layer], from_user: Callable[[Tape, int, Inputs, Tensor], None]) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], from_user: Callable[[Tape, int, Inputs | Awaited, Tensor], None]
+    ) -> None:
         self._layers = layers
         self._from_user = from_user
         self.here = _Here()
         # Of the backward pass that is under way, if layers ran unseen in its forward pass.
         self.recomputing: Tape | None = None
-        # Layers whose inputs are held inside checkpoints: that these do not show them again was found out once.
-        self.kept: set[int] = set()
-        self._again: tuple[dict[tuple[int, int], Call], Callable[[Call], None]] | None = None
 
     def register(self) -> list[RemovableHandle]:
-        """Sets the hooks, before those of the user, which may change the output."""
-        return [
-            module.register_forward_hook(Hook(self, Recorder._after_layer, index), prepend=True, with_kwargs=True)
-            for index, layer in enumerate(self._layers)
-            if layer.forward_in_parts(_note_nothing) is None
-            for module in layer.modules
-        ]
+        """Sets the hooks, those after a layer before the user's, which may change the output."""
+        handles: list[RemovableHandle] = []
+        for index, layer in enumerate(self._layers):
+            if layer.forward_in_parts(_note_nothing) is None:
+                before, after = Hook(self, Recorder._before_layer, index), Hook(self, Recorder._after_layer, index)
+                for module in layer.modules:
+                    handles += [
+                        module.register_forward_pre_hook(before, with_kwargs=True),
+                        module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
+                    ]
+        return handles
+
+    def start(self, tape: Tape | None) -> None:
+        """Opens a tape in this thread, or none; what an interrupted forward pass has left is cleared away."""
+        self.here.tape = tape
+        while self.here.watches:
+            self.here.watches.pop()[1].end()
+
+    def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tape = self.here.tape
+        if tape is None or not tape.notes or tape.trace is not None or _extra.recorder not in (None, self):
+            return
+        watch = Watch.begin()
+        if watch is not None:
+            self.here.watches.append((index, watch))
+
+    def _end_watch(self, index: int) -> None:
+        watches = self.here.watches
+        if watches and watches[-1][0] == index:
+            watches.pop()[1].end()
 
     def _after_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        try:
+            self._look_at(index, args, kwargs, output)
+        finally:
+            self._end_watch(index)
+
+    def _look_at(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """At a layer's output; None where the layer raised."""
         tape = self.here.tape
         if _extra.recorder is not None and _extra.recorder is not self:
             return
@@ -83,84 +114,44 @@ class Recorder:
         if tape.trace is not None:
             tape.trace.note(index, next(iter((*args, *kwargs.values()))), output)
             return
-        inputs = partial(self._layers[index].inputs, args, kwargs)
+        arguments = (*args, *kwargs.values())
+        inputs = self._inputs(index, self._layers[index].inputs(args, kwargs), arguments, output)
+        tape.recomputes = tape.recomputes or saves_are_packed() is not False
         if tape.listens:
-            tape.recomputes = tape.recomputes or saves_are_packed() is not False
             tape.user.uses.append((index, 0))
-            output.register_hook(partial(self._from_user, tape, index, as_kept(inputs(), output)))
+            output.register_hook(partial(self._from_user, tape, index, inputs))
         else:
-            self._add(tape, index, 0, inputs, GradientEdge(node, output.output_nr), output)
+            self._add(tape, Call(index, inputs, GradientEdge(node, output.output_nr)), output)
 
     def _note(self, index: int, block: int, inputs: Tensor, output: Tensor) -> None:
         """`layers.Note` of a layer."""
         tape = self.here.tape
-        if tape is not None and output.requires_grad:
-            self._add(tape, index, block, lambda: (inputs.detach(),), get_gradient_edge(output), output)
-        elif tape is None:
-            self._show(index, block, lambda: (inputs.detach(),))
+        if tape is None or not output.requires_grad:
+            return
+        tape.recomputes = tape.recomputes or saves_are_packed() is not False
+        kept = self._inputs(index, (inputs.detach(),), (inputs,), output)
+        self._add(tape, Call(index, kept, get_gradient_edge(output), block), output)
 
-    def _add(
-        self, tape: Tape, index: int, block: int, inputs: Callable[[], Inputs], edge: GradientEdge, output: Tensor
-    ) -> None:
-        """Adds a call to a tape, without its inputs where a checkpoint will show them again."""
-        packed = saves_are_packed()
-        tape.recomputes = tape.recomputes or packed is not False
-        if index in tape.missing:
-            return
-        awaits = packed is True and tape.packed is False and index not in self.kept
-        before = tape.awaits.get((index, block))
-        tape.awaits[index, block] = awaits
-        if before is not None and (before or awaits):  # nothing would tell which of the calls a checkpoint shows
-            tape.lose(index)
-            return
+    def _add(self, tape: Tape, call: Call, output: Tensor) -> None:
         tape.elements += output.numel()
-        tape.calls.append(Call(index, None if awaits else as_kept(inputs(), output), edge, block, awaits))
+        tape.calls.append(call)
 
-    def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._show(index, 0, partial(self._layers[index].inputs, args, kwargs))
-
-    def _show(self, index: int, block: int, inputs: Callable[[], Inputs]) -> None:
-        """A checkpoint computes this again."""
-        awaited, meet = self._again or ({}, None)
-        call = awaited.get((index, block))
-        if meet is not None and call is not None and not call.served:
-            call.inputs = inputs()
-            meet(call)
-
-    @contextlib.contextmanager
-    def shown_again(self, tape: Tape, meet: Callable[[Call], None]) -> Iterator[None]:
-        """Inside, an extra pass, inputs that the tape awaits are looked for in what checkpoints compute.
-
-        The hooks run before the layers: a checkpoint stops as soon as it has all it needs.
-
-        Args:
-            tape: What the pass goes to.
-            meet: Called with a call whose inputs have come.
-        """
-        awaited = tape.awaited()
-        handles = [
-            module.register_forward_pre_hook(Hook(self, Recorder._before_layer, index), with_kwargs=True)
-            for index in {layer for layer, _ in awaited}
-            if self._layers[index].forward_in_parts(_note_nothing) is None
-            for module in self._layers[index].modules
-        ]
-        self._again = (awaited, meet) if awaited else None
-        try:
-            yield
-        finally:
-            self._again = None
-            for handle in handles:
-                handle.remove()
+    def _inputs(self, index: int, inputs: Inputs, arguments: Iterable[Any], output: Tensor) -> Inputs | Awaited:
+        """Of a use of a layer, nothing that autograd does not hold too."""
+        watches = self.here.watches
+        if watches and watches[-1][0] == index:
+            return watches[-1][1].inputs(inputs, arguments)
+        return as_kept(inputs, output)
 
     @contextlib.contextmanager
     def onto(self, tape: Tape) -> Iterator[None]:
         """Inside, an extra pass of the model, calls in this thread are noted on a tape, and on no other."""
         before, _extra.recorder = _extra.recorder, self
-        self.here.tape = tape
+        self.start(tape)
         try:
             yield
         finally:
-            self.here.tape = None
+            self.start(None)
             _extra.recorder = before
 
     @contextlib.contextmanager
@@ -172,7 +163,7 @@ class Recorder:
                 forward = layer.forward_in_parts(partial(self._note, index))
                 if forward is not None:
                     replaced.append((layer.module, layer.module.__dict__.get("forward")))
-                    layer.module.__dict__["forward"] = forward
+                    layer.module.__dict__["forward"] = partial(self._run_in_parts, index, forward)
             yield
         finally:
             for module, before in replaced:
@@ -180,6 +171,13 @@ class Recorder:
                     del module.__dict__["forward"]
                 else:
                     module.__dict__["forward"] = before
+
+    def _run_in_parts(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._before_layer(index, args, kwargs)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._end_watch(index)
 
 
 def _note_nothing(block: int, inputs: Tensor, output: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .kept import Awaited
 from .layers import Layer
 from .likelihoods import Likelihood
 from .sequence import Values
@@ -39,7 +41,8 @@ class Sender:
         self._fisher = fisher
         self._sink = sink
         self._generators = generators
-        self._lowest: set[int] = set()  # layers that had to be asked for, since no other noted call is below theirs
+        # Calls that had to be asked for, since no other one is below: layer, block, and number among its calls.
+        self._lowest: set[tuple[int, int, int]] = set()
 
     def send(
         self, tape: Tape, source: Tensor | GradientEdge, outputs: Tensor, gradient: Tensor, counted: Tensor
@@ -54,24 +57,18 @@ class Sender:
             counted: Which loss terms count.
         """
         uses = [(call.layer, call.block) for call in tape.calls]
+        awaits = any(isinstance(call.inputs, Awaited) for call in tape.calls)
         for root in self._roots(outputs, gradient, counted):
             sent = Pass(uses, len(outputs), first=tape.sent == 0)
             tape.sent += 1
-            below = []
-            for call in tape.calls:
-                call.served = False
             for call in tape.calls:
                 if call.edge is None:
                     self._add(call, sent, root)
-                else:
-                    below.append(call)
-            awaits = any(call.awaits for call in tape.calls)
+            below = [call for call in tape.calls if call.edge is not None or isinstance(call.inputs, Awaited)]
             if below and tape.elements <= ELEMENTS_AT_ONCE and not awaits:
                 self._collect(below, source, root, sent)
             elif below:
                 self._stream(below, source, root, sent)
-            if awaits:
-                self._give_up(tape, sent)
 
     @torch.no_grad()
     def send_along(
@@ -93,30 +90,13 @@ class Sender:
                 if position in layers:
                     self._sink.add_rows(layers[position][0], inputs[position], own, sent)
 
-    def meet(self, call: Call) -> None:
-        """The inputs of a call have come that were awaited."""
-        if call.waiting is not None:
-            sent, gradient = call.waiting
-            self._add(call, sent, gradient)
-
     def _add(self, call: Call, sent: Pass, gradient: Tensor | None) -> None:
         if gradient is None:  # the outputs do not depend on this call
             return
-        if call.inputs is None:
-            call.waiting = sent, gradient
-            return
-        self._sink.add_rows(call.layer, call.inputs, gradient, sent, call.block)
-        if call.awaits:
-            call.inputs, call.waiting, call.served = None, None, True
-
-    def _give_up(self, tape: Tape, sent: Pass) -> None:
-        """After a pass: whose inputs have not come is lost, whose gradient has not come does not matter to it."""
-        for call in [call for call in tape.calls if call.awaits]:
-            waited, call.waiting, call.inputs = call.waiting is not None, None, None
-            if waited and not sent.first:
-                raise RuntimeError("a checkpoint did not compute the same layers in two backward passes")
-            if waited:
-                tape.lose(call.layer)
+        if isinstance(call.inputs, Awaited):
+            call.inputs.then(lambda inputs: self._sink.add_rows(call.layer, inputs, gradient, sent, call.block))
+        else:
+            self._sink.add_rows(call.layer, call.inputs, gradient, sent, call.block)
 
     def _collect(self, calls: list[Call], source: Tensor | GradientEdge, root: Tensor, sent: Pass) -> None:
         """All gradients at once: the least work per call."""
@@ -129,39 +109,47 @@ class Sender:
         """Every gradient when the pass comes by, so that no more of them are alive than in any backward pass.
 
         autograd keeps what it is asked for until the end, so only the lowest calls are asked for. Which these are is
-        found out once: nothing is below the earliest of the calls that a pass did not come by.
+        found out once: nothing is below the earliest of the calls that a pass did not come by. A pass brings the
+        inputs that a call awaits when it goes through the module: there what is below is asked for.
         """
-        passed_by: set[int] = set()
+        passed_by = {i for i, call in enumerate(calls) if call.edge is None}
 
         def add(position: int, gradient: Tensor | None) -> None:
-            passed_by.add(position)
-            self._add(calls[position], sent, gradient)
+            if position not in passed_by:
+                passed_by.add(position)
+                self._add(calls[position], sent, gradient)
 
-        def come_by(position: int, gradients: tuple[Tensor | None, ...]) -> None:
-            edge = calls[position].edge
-            if position not in passed_by and edge is not None:
-                add(position, gradients[edge.output_nr])
+        def come_by(position: int, number: int, gradients: tuple[Tensor | None, ...]) -> None:
+            add(position, gradients[number])
 
-        asked = [i for i, call in enumerate(calls) if i == 0 or call.layer in self._lowest]
-        handles = {
-            i: call.edge.node.register_prehook(partial(come_by, i))
+        handles = [
+            call.edge.node.register_prehook(partial(come_by, i, call.edge.output_nr))
             for i, call in enumerate(calls)
-            if call.edge is not None and i not in asked
-        }
+            if call.edge is not None
+        ]
+        keys = _keys(calls)
+        asked = [i for i, key in enumerate(keys) if i == 0 or key in self._lowest]
+        left = list(range(len(calls)))
         try:
             while asked:
-                edges = [edge for i in asked if (edge := calls[i].edge) is not None]
+                pairs = [(i, edge) for i in asked for edge in _targets(calls[i])]
+                edges = [edge for _, edge in pairs]
                 found = torch.autograd.grad(source, edges, root, retain_graph=True, allow_unused=True)
-                for i, gradient in zip(asked, found, strict=True):
-                    add(i, gradient)
-                if len(asked) == 1 and found[0] is not None:
-                    self._lowest.add(calls[asked[0]].layer)
-                asked = [i for i in handles if i not in passed_by][:1]
-                for i in asked:
-                    handles.pop(i).remove()
+                for (i, edge), gradient in zip(pairs, found, strict=True):
+                    if edge is calls[i].edge:
+                        add(i, gradient)
+                if len(asked) == 1 and any(gradient is not None for gradient in found):
+                    self._lowest.add(keys[asked[0]])
+                left = [i for i in left if i not in asked and (i not in passed_by or _waits(calls[i]))]
+                asked = left[:1]
+            if any(map(_waits, calls)):
+                raise RuntimeError("a backward pass did not unpack the input of a layer that it went through")
         finally:
-            for handle in handles.values():
+            for handle in handles:
                 handle.remove()
+            for call in calls:
+                if isinstance(call.inputs, Awaited):
+                    call.inputs.give_up()
 
     def _roots(self, outputs: Tensor, gradient: Tensor, counted: Tensor) -> Iterator[Tensor]:
         """`_all_roots`, zero where a loss term does not count."""
@@ -190,3 +178,26 @@ class Sender:
                 only[position] = True
                 only = only.view(shape[1:]).expand(shape)
                 yield torch.where(self._likelihood.spread(only), v, torch.zeros_like(v))
+
+
+def _keys(calls: list[Call]) -> list[tuple[int, int, int]]:
+    """What tells the calls of a forward pass apart: layer, block, and number among the calls of these."""
+    seen: Counter[tuple[int, int]] = Counter()
+    keys = []
+    for call in calls:
+        own = call.layer, call.block
+        keys.append((*own, seen[own]))
+        seen[own] += 1
+    return keys
+
+
+def _targets(call: Call) -> list[GradientEdge]:
+    """What is asked for so that a pass brings what a call needs."""
+    if isinstance(call.inputs, Awaited):
+        return call.inputs.below
+    assert call.edge is not None
+    return [call.edge]
+
+
+def _waits(call: Call) -> bool:
+    return isinstance(call.inputs, Awaited) and call.inputs.waits

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .chain import Trace
+from .kept import Awaited
 from .layers import Inputs
-from .passes import ModelInputs, saves_are_packed
+from .passes import ModelInputs
 from .sequence import Kept
 
 
@@ -67,21 +68,15 @@ class Call:
 
     Attributes:
         layer: Its number.
-        inputs: What the layer's rows are made from; None until a checkpoint shows it, where ``awaits``.
+        inputs: What the layer's rows are made from.
         edge: Where the gradient of its output arrives; None: its gradient is the one that is sent.
         block: The first of the layer's blocks that the rows are for.
-        awaits: Whether the inputs are not kept but come when a checkpoint computes them again, once per gradient sent.
-        waiting: A gradient that came before the inputs, and the pass that brought it.
-        served: Whether the gradient that is being sent has met the inputs.
     """
 
     layer: int
-    inputs: Inputs | None
+    inputs: Inputs | Awaited
     edge: GradientEdge | None
     block: int = 0
-    awaits: bool = False
-    waiting: tuple[Pass, Tensor] | None = None
-    served: bool = False
 
 
 @dataclass(eq=False)
@@ -97,10 +92,7 @@ class Tape:
         elements: Of all outputs in ``calls``.
         hidden: Calls of every layer without a graph: frozen in passing, or inside a reentrant checkpoint.
         recomputes: Whether a backward pass may run parts of the model again (non-reentrant checkpoints).
-        packed: Whether what autograd saves was packed already where the model was called, for instance by a checkpoint
-            around it: what that one shows again may be another call of the model. None: unknown.
-        awaits: Whether the last call of a layer and block awaits its inputs, by both.
-        missing: Layers whose inputs were not kept and were not shown again.
+        awaiting: Inputs that the user's own backward pass, where it listens, has brought a gradient for.
         user: The user's own backward pass, where it listens.
         sent: How many gradients were sent to the calls so far.
         counted: Loss terms that backward passes so far have counted; None before the first.
@@ -117,9 +109,7 @@ class Tape:
     elements: int = 0
     hidden: dict[int, int] = field(default_factory=dict)
     recomputes: bool = False
-    packed: bool | None = field(default_factory=saves_are_packed)
-    awaits: dict[tuple[int, int], bool] = field(default_factory=dict)
-    missing: set[int] = field(default_factory=set)
+    awaiting: list[Awaited] = field(default_factory=list)
     user: Pass = field(default_factory=lambda: Pass([]))
     sent: int = 0
     counted: Tensor | None = None
@@ -132,14 +122,11 @@ class Tape:
         """Layers whose calls were noted."""
         return {call.layer for call in self.calls} | {layer for layer, _ in self.user.uses}
 
-    def awaited(self) -> dict[tuple[int, int], Call]:
-        """The calls whose inputs are awaited, by layer and block."""
-        return {(call.layer, call.block): call for call in self.calls if call.awaits}
-
-    def lose(self, layer: int) -> None:
-        """Gives up a layer whose inputs nothing shows."""
-        self.missing.add(layer)
-        self.calls = [call for call in self.calls if call.layer != layer]
+    def give_up(self) -> None:
+        """Stops waiting for inputs: the user's pass has ended, and what it did not go through takes no part in it."""
+        for inputs in self.awaiting:
+            inputs.give_up()
+        self.awaiting.clear()
 
     def close(self) -> None:
         """Forgets the calls and what was kept."""

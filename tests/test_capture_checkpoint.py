@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from recompute import DOUBLE, Net, by_hand, exact, half_square, same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from kfac_fast.kept import Awaited
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 
@@ -158,6 +162,9 @@ class Shapes(nn.Module):
         x = torch.tanh(self.embed(x))
         if self.shape == "twice in one":
             x = self.again(lambda z: self.inside(self.inside(z)), x)
+        elif self.shape == "loop":
+            for _ in range(3):
+                x = self.again(self.inside, x) + self.again(lambda z: self.inside(z) * self.inside(z.sin()), x)
         elif self.shape == "two":
             x = self.again(self.inside, self.again(self.inside, x))
         elif self.shape == "nested":
@@ -171,57 +178,86 @@ class Shapes(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize(("fisher", "fraction"), [("exact", 1.0), ("exact", 0.5), ("empirical", 1.0)])
 @pytest.mark.parametrize(
-    ("shape", "held"),
-    [
-        ("one", []),
-        ("with the outputs", []),
-        ("nested", []),
-        ("attention", []),
-        ("alone", []),
-        ("the lowest alone", ["embed"]),
-        ("two", ["square", "norm"]),
-        ("twice in one", ["square", "norm"]),
-    ],
+    "shape",
+    ["one", "with the outputs", "nested", "attention", "alone", "the lowest alone", "two", "twice in one", "loop"],
 )
-def test_inputs_that_a_checkpoint_shows_again(shape: str, held: list[str], fraction: float) -> None:
-    """The factors are those without checkpoints; inputs are held where they are not shown, which the first step tells."""
+def test_inputs_that_a_checkpoint_computes_again(shape: str, fisher: str, fraction: float) -> None:
+    """The factors are those without checkpoints."""
     model = Shapes(shape).double()
     plain = copy.deepcopy(model)
     plain.checkpoints = False
     found = []
     for net in (model, plain):
-        pre = exact(net, factor_fraction=fraction)
+        pre = exact(net, factor_fraction=fraction, fisher=fisher)
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
             x = torch.randn(4, 3, 3, dtype=DOUBLE, generator=generator)
             half_square(net(x)).backward()
             pre.steps = 1  # the inverses do not matter here
             pre.step()
+        assert pre.capture.own_pass.count == (3 if fraction < 1 or shape == "attention" else 0)
         found.append((pre.factors.running.data, *(tensor for part in pre.parts for tensor in part.state(0).values())))
-        names = {pre.layers[i].name for i in pre.capture._recorder.kept}
-        assert names == (set(held) if net is model else set())
     for a, b in zip(*found, strict=True):
         for one, other in zip(a, b, strict=True):
             assert torch.allclose(one, other, atol=1e-12)
 
 
-def test_a_checkpoint_that_runs_otherwise_the_second_time_is_noticed() -> None:
-    """Half of the layers are skipped in the second extra pass: nothing may be counted for one output only."""
-    model = Shapes("one").double()
-    pre = exact(model)
-    meet = pre.capture._sender.meet
-    passes: list[int] = []
+class Images(nn.Module):
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...], prepare: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before = nn.Linear(5, math.prod(shape))
+        self.layer = layer
+        self.shape = shape
+        self.prepare = prepare
+        self.checkpoints = True
 
-    def lose(call) -> None:
-        passes.append(call.layer)
-        if len(passes) > 2:
-            call.inputs = None
-            return
-        meet(call)
+    def inside(self, x: Tensor) -> Tensor:
+        x = self.prepare(x.tanh())
+        return self.layer(x, x.cos()) if isinstance(self.layer, nn.Bilinear) else self.layer(x)
 
-    pre.capture._sender.meet = lose
-    with pytest.raises(RuntimeError, match="did not compute the same layers in two backward passes"):
-        half_square(model(torch.randn(4, 3, 3, dtype=DOUBLE))).backward()
-    pre.close()
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x).view(len(x), *self.shape)
+        y = checkpoint(self.inside, x, use_reentrant=False) if self.checkpoints else self.inside(x)
+        return y.sin().flatten(1)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize(
+    ("layer", "shape", "prepare"),
+    [
+        (nn.Linear(4, 3), (2, 4), torch.sin),
+        (nn.Linear(2, 3, bias=False), (2, 4), lambda x: x.transpose(1, 2)),
+        (nn.Bilinear(4, 4, 2), (4,), torch.sin),
+        (nn.Conv1d(2, 3, 3, padding=1), (2, 4), torch.sin),
+        (nn.Conv2d(2, 4, (3, 2), stride=2, groups=2), (2, 4, 4), torch.sin),
+        (nn.ConvTranspose2d(2, 3, 3, stride=2), (2, 3, 3), torch.sin),
+        (nn.LayerNorm(4), (2, 4), torch.sin),
+        (nn.RMSNorm(4), (2, 4), torch.sin),
+        (nn.GroupNorm(2, 4), (4, 3), torch.sin),
+        (nn.BatchNorm1d(4), (4, 3), torch.sin),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_inputs_of_every_kind_of_layer_come_from_autograd(layer, shape, prepare, fisher, monkeypatch) -> None:
+    model = Images(copy.deepcopy(layer), shape, prepare).double()
+    plain = copy.deepcopy(model)
+    plain.checkpoints = False
+    awaited: list[Awaited] = []
+    then = Awaited.then
+    monkeypatch.setattr(Awaited, "then", lambda self, function: (awaited.append(self), then(self, function)))
+    found = []
+    for net in (model, plain):
+        pre = exact(net, fisher=fisher)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            half_square(net(torch.randn(6, 5, dtype=DOUBLE, generator=generator))).backward()
+            pre.steps = 1  # the inverses do not matter here
+            pre.step()
+        found.append(
+            [tensor for part in pre.parts for i in range(len(part.layers)) for tensor in part.state(i).values()]
+        )
+        assert len(awaited) == 2  # once in each step of the checkpointed model
+    for one, other in zip(*found, strict=True):
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, other, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -35,18 +36,51 @@ def deep() -> nn.Sequential:
     return nn.Sequential(*[m for _ in range(DEPTH) for m in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
 
 
-class Checkpointed(nn.Sequential):
+def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return checkpoint(function, x, use_reentrant=False)
+
+
+class Checkpointed(nn.Module):
+    """`deep`, or one of its layers at every depth, of which autograd keeps a few activations.
+
+    Args:
+        how: "parts", "nested" (in halves of halves), "whole" (called inside a checkpoint), "shared" (one layer, a checkpoint
+            for every use), "autocast" (parts of them, in half precision).
+        parts: Checkpoints beside each other, where there are several.
+    """
+
+    def __init__(self, how: str, parts: int = 6) -> None:
+        super().__init__()
+        self.how = how
+        self.layers = deep()
+        self.parts = parts
+        if how == "shared":
+            self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+    def run(self, start: int, stop: int, x: Tensor) -> Tensor:
+        return self.layers[start:stop](x)
+
+    def halves(self, start: int, stop: int, x: Tensor) -> Tensor:
+        if stop - start <= 4:
+            return self.run(start, stop, x)
+        middle = (start + stop) // 2
+        x = again(partial(self.halves, start, middle), x)
+        return again(partial(self.halves, middle, stop), x)
+
     def forward(self, x: Tensor) -> Tensor:
-        for part in self:
-            x = checkpoint(part, x, use_reentrant=False)
-        return x
-
-
-def checkpointed(parts: int = 8) -> Checkpointed:
-    """`deep` in parts of which autograd keeps the inputs alone."""
-    layers = list(deep())
-    size = len(layers) // parts
-    return Checkpointed(*(nn.Sequential(*layers[i : i + size]) for i in range(0, len(layers), size)))
+        if self.how == "whole":
+            return self.layers(x)
+        if self.how == "nested":
+            return self.halves(0, 2 * DEPTH, x)
+        if self.how == "shared":
+            for _ in range(DEPTH):
+                x = again(self.layers, x)
+            return x
+        size = 2 * DEPTH // self.parts
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast"):
+            for start in range(0, 2 * DEPTH, size):
+                x = again(partial(self.run, start, start + size), x)
+        return x.float()
 
 
 class Mixed(nn.Sequential):
@@ -69,7 +103,8 @@ def extra_bytes(model: nn.Module, x: Tensor, **options) -> tuple[int, int]:
     """What a forward and backward pass needs at its peak, and how much more with statistics."""
 
     def run() -> None:
-        half_square(model(x)).backward()
+        y = again(model, x) if getattr(model, "how", "") == "whole" else model(x)
+        half_square(y).backward()
 
     run()  # gradients are there from now on
     plain = peak(run)
@@ -87,10 +122,16 @@ def test_a_deep_network_needs_the_budget_and_no_more(fisher: str) -> None:
     assert extra < BUDGET + 4 * ACTIVATION
 
 
-@pytest.mark.parametrize("own_pass", [False, True])
-def test_inputs_inside_a_checkpoint_are_not_kept(own_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LinearLayer, "needs_own_pass", own_pass)
-    plain, extra = extra_bytes(checkpointed(), torch.randn(BATCH, WIDTH))
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize("how", ["parts", "nested", "whole", "shared", "autocast"])
+def test_inputs_inside_checkpoints_are_not_kept(how: str, fisher: str) -> None:
+    _, extra = extra_bytes(Checkpointed(how), torch.randn(BATCH, WIDTH), fisher=fisher)
+    assert extra < BUDGET + 4 * ACTIVATION
+
+
+def test_a_pass_of_its_own_does_not_keep_them_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LinearLayer, "needs_own_pass", True)
+    plain, extra = extra_bytes(Checkpointed("parts"), torch.randn(BATCH, WIDTH))
     assert plain < 0.7 * DEPTH * ACTIVATION
     assert extra < BUDGET + 4 * ACTIVATION
 
