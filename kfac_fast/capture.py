@@ -18,7 +18,8 @@ With fisher = "empirical" the gradients of the user's own pass are taken, by hoo
 The model is run again when the user's backward pass has ended and its activations are free, eagerly, with buffers and
 generators restored, under the same autocast, with fused modules computed in parts. That is so with a fraction below 1
 (sec. 8 of the paper uses 1/8), for layers that need it, and where layers have a gradient but were never seen, as in a
-compiled model. With the adaptive rule a plain sequence of linear layers and pointwise functions is not run: see `Kept`.
+compiled model. A plain sequence of linear layers and pointwise functions is not run: gradients of a part of the batch
+are sent along what the user's pass computed (see `Kept`), before the backward pass frees it.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from .hooks import EagerHook, Hook
 from .kept import Awaited
 from .layers import Inputs, Layer
 from .likelihoods import Likelihood
-from .models import Original, has_compiled_parts
+from .models import Original, has_compiled_parts, outputs_in
 from .ops.native import read_if_free
-from .own_pass import OwnPass
+from .own_pass import OwnPass, Shown
 from .passes import ModelInputs, Surroundings, shards_as_before, unnoticed
 from .recorder import Recorder
 from .sender import Sender
@@ -97,7 +98,7 @@ class Capture:
         self._fisher = fisher
         self._sink = sink
         self._sender = Sender(likelihood, fisher, sink, generators)
-        self.find_outputs = outputs or _find_outputs
+        self.find_outputs = outputs or outputs_in
         self._sharded = [module for module in model.modules() if hasattr(module, "unshard")]  # by FSDP2
         self._recorder = Recorder(layers, self._from_user)
         self.own_pass = OwnPass(model, layers, fraction, self.find_outputs, self._recorder, self._sender)
@@ -190,7 +191,7 @@ class Capture:
             with _extra_pass():
                 self.on_trace(self.own_pass.trace(inputs))
             self.on_trace = None
-        kept = Kept.of(self._model, inputs) if self.keep_batches else None
+        kept = Kept.of(self._model, inputs) if self.keep_batches or (wanted and self._runs_again) else None
         self._recorder.start(Tape(inputs, wanted, notes=wanted and not self._runs_again, listens=listens, kept=kept))
 
     def _is_the_model_itself(self) -> bool:
@@ -270,8 +271,14 @@ class Capture:
             recomputed = unnoticed(self._model) if tape.recomputes else contextlib.nullcontext()
             with _extra_pass(), recomputed, shards_as_before(self._sharded):
                 self._sender.send(tape, source, outputs, gradient, counted)
+        served = None
+        if tape.kept is not None and not tape.notes:
+            with _extra_pass():
+                served = self.own_pass.along(tape.kept, tape.inputs, gradient, counted)
+            tape.kept = None  # from here on the backward pass frees what it holds
         self._recorder.recomputing = tape if tape.hidden else None
-        torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, tape, node, gradient, counted))
+        finish = partial(self._finish, tape, node, gradient, counted, served)
+        torch.autograd.Variable._execution_engine.queue_callback(finish)
 
     def _keep(self, batch: Batch) -> None:
         for i, other in enumerate(self.batches):
@@ -286,15 +293,17 @@ class Capture:
         self._unfinished[tape] = threading.get_ident()
 
     @torch.compiler.disable
-    def _finish(self, tape: Tape, node: Node, gradient: Tensor, counted: Tensor) -> None:
-        """The backward pass of a tape has ended."""
+    def _finish(self, tape: Tape, node: Node, gradient: Tensor, counted: Tensor, served: Shown | None) -> None:
+        """The backward pass of a tape has ended; `served` is what `OwnPass.along` gave."""
         self._recorder.recomputing = None
         tape.give_up()
         if tape not in self._unfinished:
             return
         if not tape.notes:
-            with _extra_pass():
-                counted, shown = self.own_pass.run(tape.inputs, gradient, counted, kept=tape.kept)
+            if served is None:
+                with _extra_pass():
+                    served = self.own_pass.run(tape.inputs, gradient, counted)
+            counted, shown = served
             self._seen |= shown
         else:
             self._seen |= tape.shown
@@ -386,19 +395,3 @@ _CREATE_GRAPH = (
     "K-FAC statistics cannot be gathered in a backward pass with create_graph=True. Take higher-order gradients in a "
     "forward pass of their own, on a step without statistics (factor_every > 1) or after opt.close()"
 )
-
-
-def _find_outputs(result: Any) -> Tensor:
-    if isinstance(result, Tensor):
-        return result
-    logits = result.get("logits") if isinstance(result, dict) else getattr(result, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(result, (tuple, list)):
-        tensors = [r for r in result if isinstance(r, Tensor) and r.is_floating_point()]
-        if len(tensors) == 1:
-            return tensors[0]
-    raise TypeError(
-        f"found no output tensor in the {type(result).__name__} that the model returned; pass outputs=, a function "
-        "from what the model returns to the tensor that the loss is computed from"
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,3 +120,24 @@ def refuse_moved_model(layers: Sequence[Layer], kept: Tensor) -> None:
             f"the model is {weight.dtype} on {weight.device}, its curvature {kept.dtype} on {kept.device}: make the "
             "optimizer after model.to()"
         )
+
+
+def outputs_in(result: Any) -> Tensor:
+    """The output tensor in what a model returned.
+
+    Raises:
+        TypeError: None, or more than one.
+    """
+    if isinstance(result, Tensor):
+        return result
+    logits = result.get("logits") if isinstance(result, dict) else getattr(result, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(result, (tuple, list)):
+        tensors = [r for r in result if isinstance(r, Tensor) and r.is_floating_point()]
+        if len(tensors) == 1:
+            return tensors[0]
+    raise TypeError(
+        f"found no output tensor in the {type(result).__name__} that the model returned; pass outputs=, a function "
+        "from what the model returns to the tensor that the loss is computed from"
+    )

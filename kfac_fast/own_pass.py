@@ -16,6 +16,8 @@ from .sender import Sender
 from .sequence import Kept, Values
 from .tape import REENTRANT, Tape
 
+Shown = tuple[Tensor, set[int]]  # which loss terms of a part count, and the layers that were called
+
 
 class OwnPass:
     """A forward pass over the batch or a part of it, and an extra backward pass; see `capture`.
@@ -50,14 +52,28 @@ class OwnPass:
         self._sender = sender
         self.count = 0
 
-    def run(
-        self,
-        inputs: ModelInputs,
-        gradient: Tensor,
-        counted: Tensor,
-        only: Collection[int] | None = None,
-        kept: Kept | None = None,
-    ) -> tuple[Tensor, set[int]]:
+    def along(self, kept: Kept, inputs: ModelInputs, gradient: Tensor, counted: Tensor) -> Shown | None:
+        """Sends the gradients along what the user's forward pass computed; None where that does not serve.
+
+        Args:
+            kept: Of that pass.
+            inputs: Of that pass.
+            gradient: The user's, of its outputs.
+            counted: Which of its loss terms count.
+
+        Returns:
+            As `run`.
+        """
+        _, chosen = self._part(inputs)
+        values = kept.rows(chosen, inputs.size)
+        places = None if values is None else self._places(values)
+        if values is None or places is None:
+            return None
+        self.count += 1
+        self._sender.send_along(values, places, gradient[chosen], counted[chosen])
+        return counted[chosen], set(range(len(self._layers)))
+
+    def run(self, inputs: ModelInputs, gradient: Tensor, counted: Tensor, only: Collection[int] | None = None) -> Shown:
         """Runs the model and sends the gradients.
 
         Args:
@@ -65,7 +81,6 @@ class OwnPass:
             gradient: The user's, of its outputs.
             counted: Which of its loss terms count.
             only: Layers to take statistics of; None is all.
-            kept: Of the user's forward pass; where it has what is needed, the model is not run.
 
         Returns:
             Which loss terms of the part count, and the layers that were called.
@@ -75,22 +90,21 @@ class OwnPass:
                 "the model's input was changed in place between the forward and the end of the backward pass, but "
                 "K-FAC's statistics need it again: pass the model a copy"
             )
-        chosen, size = slice(None), inputs.size
-        if self._fraction < 1:
-            if not inputs.divisible:
-                raise ValueError(
-                    f"factor_fraction={self._fraction:g} needs a model input whose first dimension is the batch, like "
-                    f"the outputs' ({inputs.size}); pass factor_fraction=1"
-                )
-            inputs, chosen = inputs.part(self._fraction, self.count)
+        inputs, chosen = self._part(inputs)
         self.count += 1
         gradient, counted = gradient[chosen], counted[chosen]
-        values = None if kept is None else kept.rows(chosen, size)
-        places = None if values is None else self._places(values)
-        if values is not None and places is not None:
-            self._sender.send_along(values, places, gradient, counted)
-            return counted, set(range(len(self._layers)))
         return counted, self._once(inputs, gradient, counted, only)
+
+    def _part(self, inputs: ModelInputs) -> tuple[ModelInputs, slice]:
+        """The examples whose turn it is, and which ones they are."""
+        if self._fraction == 1:
+            return inputs, slice(None)
+        if not inputs.divisible:
+            raise ValueError(
+                f"factor_fraction={self._fraction:g} needs a model input whose first dimension is the batch, like "
+                f"the outputs' ({inputs.size}); pass factor_fraction=1"
+            )
+        return inputs.part(self._fraction, self.count)
 
     def _places(self, values: Values) -> dict[int, tuple[int, Layer]] | None:
         """Number and layer by position of the module, if all layers are there and `Values.pull_back` serves."""

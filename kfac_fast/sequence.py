@@ -158,18 +158,20 @@ class Kept:
             self._known[position] = value.detach(), value._version
 
     def rows(self, chosen: slice, size: int) -> Values | None:
-        """Values of these examples; None where one was changed in place since, or nothing was noted.
+        """Values of these examples; None where one was changed in place since, or no input was noted, as in a compiled
+        model.
 
         Args:
             chosen: The examples.
             size: Their number in the whole batch.
         """
-        if not self._known:
+        if not any(position < len(self._modules) for position in self._known):
             return None
         for value, version in self._known.values():
             if value._version != version or value.ndim < 2 or len(value) != size:
                 return None
-        return Values(self._modules, {i: value[chosen] for i, (value, _) in self._known.items()})
+        # A copy of some rows: a view would hold all of them for as long as these wait to be added up.
+        return Values(self._modules, {i: value[chosen].contiguous() for i, (value, _) in self._known.items()})
 
 
 def _flattens_examples(module: nn.Module) -> bool:

@@ -55,7 +55,6 @@ def test_statistics_of_a_fraction(name: str, fisher: str, monkeypatch: pytest.Mo
         if not served:
             monkeypatch.setattr(Kept, "of", lambda model, inputs: None)
         pre = exact(model, fisher=fisher, factor_fraction=1 / 4)
-        pre.capture.keep_batches = True
         calls = calls_of(model, monkeypatch)
         for _ in range(2):
             model.zero_grad()
@@ -102,7 +101,6 @@ def test_a_layer_that_has_no_block_is_passed_through() -> None:
     found = []
     for left_out in ([], ["2"]):
         pre = exact(model, factor_fraction=0.5, blocks=Blocks(exclude=left_out))
-        pre.capture.keep_batches = True
         model.zero_grad()
         half_square(model(x)).backward()
         pre.step()
@@ -210,3 +208,34 @@ class Observer:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.noted.append(weakref.ref(args[0].untyped_storage()))
+
+
+def test_the_backward_pass_frees_what_was_kept() -> None:
+    model, x = SERVED["sigmoids"]().double(), batch("sigmoids")
+    pre = exact(model, factor_fraction=0.5)
+    noted: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    model[2].register_forward_pre_hook(Observer(noted))
+    model[0].weight.register_hook(lambda gradient: alive.append(noted[0]() is not None))
+    half_square(model(x)).backward()
+    assert alive == [False]
+    pre.step()
+    assert pre.factors.running.data.abs().sum() > 0
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_compiled_sequence_is_run_again(adaptive: bool) -> None:
+    """Its modules show nothing."""
+    torch.manual_seed(0)
+    model, x = SERVED["sigmoids"]().double(), batch("sigmoids")
+    found = []
+    for called in (model, torch.compile(model, backend="aot_eager")):
+        pre = exact(called, factor_fraction=0.5)
+        pre.capture.keep_batches = adaptive
+        model.zero_grad()
+        half_square(called(x)).backward()
+        pre.step()
+        found.append(pre.factors.running.data.clone())
+        pre.close()
+    assert torch.allclose(*found, rtol=1e-10, atol=1e-14)
+    assert found[0].abs().sum() > 0
