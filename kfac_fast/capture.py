@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from .chain import Trace
+from .graph import is_released
 from .hooks import EagerHook, Hook
 from .kept import Awaited
 from .layers import Inputs, Layer
@@ -111,6 +112,7 @@ class Capture:
         self._devices = frozenset(p.device for p in model.parameters())
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._unfinished: dict[Tape, int] = {}  # backward pass under way or failed; the thread it is or was on
+        self._checked_outputs = False
         self._checked_gradient = False
         self.on_trace: Callable[[Trace], None] | None = None  # once; what it raises, the model's forward pass raises
         # Since `forget`.
@@ -150,6 +152,11 @@ class Capture:
         """Looks for compiled parts of the model, whose graphs show nothing and may refuse an extra backward pass."""
         self._looked_for_compiled_parts = True
         self._runs_again = self._runs_again or has_compiled_parts(self._model)
+
+    @property
+    def used_elsewhere(self) -> list[int]:
+        """Layers whose weights a forward pass used outside of their modules too, as far as is known."""
+        return self._recorder.used_elsewhere or []
 
     def take_unseen(self) -> list[int]:
         """Layers that have a gradient, though no backward pass since the last call of this came by them."""
@@ -209,13 +216,18 @@ class Capture:
         if tape is None or result is None:
             return
         outputs = self.find_outputs(result)
+        if not self._checked_outputs and self.find_outputs(result) is not outputs:
+            raise ValueError(_COMPUTED)
+        self._checked_outputs = True
         self.likelihood.check(outputs)
         if not outputs.requires_grad:
             return
         if tape.notes and not self._looked_for_compiled_parts:
             self.look_again()
-            if self._runs_again:
-                tape.notes, tape.calls = False, []
+        self._runs_again = self._runs_again or (tape.once and not tape.listens)
+        if self._runs_again:
+            tape.notes, tape.calls = False, []
+        self._recorder.look_for_other_uses(tape, outputs)
         self._tapes.add(tape)
         tape.inputs = dataclasses.replace(tape.inputs, size=len(outputs))
         tape.user.examples = len(outputs)
@@ -233,6 +245,7 @@ class Capture:
         if torch.is_grad_enabled():
             raise RuntimeError(_CREATE_GRAPH)
         self._begin(tape)
+        tape.reached.add(layer)
         gradient = gradient.detach()
         if isinstance(inputs, Awaited):
             tape.awaiting.append(inputs)
@@ -303,17 +316,17 @@ class Capture:
             if served is None:
                 with _extra_pass():
                     served = self.own_pass.run(tape.inputs, gradient, counted)
-            counted, shown = served
-            self._seen |= shown
+            counted, reached = served
+            self._seen |= reached
         else:
-            self._seen |= tape.shown
+            self._seen |= tape.reached
             if self._unknown:
                 self._unknown -= self._seen
                 self._fill_in(tape, gradient, counted)
         # Not finite where the loss is not, so that what finite outputs gave is not committed either.
         finite = 0 * gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).double()
         self._sink.add_terms(counted.sum() + finite)
-        if _is_released(node, tape.recomputes):
+        if is_released(node, tape.recomputes):
             tape.close()
         del self._unfinished[tape]
 
@@ -323,10 +336,10 @@ class Capture:
         if not unseen:
             return
         with _extra_pass():
-            _, shown = self.own_pass.run(tape.inputs, gradient, counted, only=unseen)
-        self._seen |= shown
+            _, reached = self.own_pass.run(tape.inputs, gradient, counted, only=unseen)
+        self._seen |= reached
         self._unknown -= unseen
-        self._runs_again = self._runs_again or bool(unseen & shown)
+        self._runs_again = self._runs_again or bool(unseen & reached)
 
     def _drop_unfinished(self, thread: int | None = None) -> None:
         """After a backward pass that raised (on this thread, if one is named), drops all that waits for the step."""
@@ -362,34 +375,12 @@ def _extra_pass() -> Iterator[None]:
         _extra.running = before
 
 
-def _is_released(node: Node, recomputes: bool) -> bool:
-    """Whether the graph above a node has been freed, so that no other backward pass can come.
-
-    Args:
-        node: The last one of the forward pass.
-        recomputes: Whether looking at a saved tensor may run parts of the model; then this is not tried.
-    """
-    if recomputes:
-        return True
-    waiting, seen = [node], {node}
-    while waiting:
-        node = waiting.pop()
-        for name in dir(node):
-            if not name.startswith("_raw_saved_"):
-                continue
-            try:
-                saved = getattr(node, "saved_tensors" if name == "_raw_saved_tensors" else name.removeprefix("_raw"))
-            except RuntimeError:
-                return True
-            if saved is not None:
-                return False
-        below = [n for n, _ in node.next_functions if n is not None and n not in seen]
-        waiting += below
-        seen.update(below)
-    return True
-
-
 _SECOND_BACKWARD = "fisher='empirical' takes one backward pass per forward pass of the model: add up the losses first"
+
+_COMPUTED = (
+    "outputs= computed a new tensor, on which the loss does not depend. It must pick out the tensor that the loss is "
+    "computed from; where the loss needs several, let the model return them as one (torch.cat, torch.stack)"
+)
 
 _CREATE_GRAPH = (
     "K-FAC statistics cannot be gathered in a backward pass with create_graph=True. Take higher-order gradients in a "

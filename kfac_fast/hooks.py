@@ -32,7 +32,8 @@ class Hook:
             return
         owner = None if self._owner is None else self._owner()
         if owner is None:
-            self._remove_from(module)
+            if arguments[-1] is not None:  # else the module raised, and torch goes through the hooks themselves
+                self._remove_from(module)
         elif self._handler is not None:
             self._handler(owner, *self._first, *arguments)
 

@@ -1,4 +1,4 @@
-"""What the user calls a model: wrappers taken off, what can't be served refused, later changes noticed."""
+"""What the user calls a model: wrappers taken off, outputs found, later changes noticed."""
 
 from __future__ import annotations
 
@@ -139,5 +139,6 @@ def outputs_in(result: Any) -> Tensor:
             return tensors[0]
     raise TypeError(
         f"found no output tensor in the {type(result).__name__} that the model returned; pass outputs=, a function "
-        "from what the model returns to the tensor that the loss is computed from"
+        "from what the model returns to the tensor that the loss is computed from. Where it is computed from several, "
+        "let the model return them as one (torch.cat, torch.stack)"
     )

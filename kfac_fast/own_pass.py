@@ -16,7 +16,7 @@ from .sender import Sender
 from .sequence import Kept, Values
 from .tape import REENTRANT, Tape
 
-Shown = tuple[Tensor, set[int]]  # which loss terms of a part count, and the layers that were called
+Shown = tuple[Tensor, set[int]]  # which loss terms of a part count, and the layers that a gradient came to
 
 
 class OwnPass:
@@ -83,7 +83,7 @@ class OwnPass:
             only: Layers to take statistics of; None is all.
 
         Returns:
-            Which loss terms of the part count, and the layers that were called.
+            Which loss terms of the part count, and the layers that a gradient came to.
         """
         if inputs.changed:
             raise RuntimeError(
@@ -115,20 +115,32 @@ class OwnPass:
         return layers if layers and fit and alone else None
 
     def _once(self, inputs: ModelInputs, gradient: Tensor, counted: Tensor, only: Collection[int] | None) -> set[int]:
-        """Layers that were called."""
+        """Layers that a gradient came to."""
         tape = Tape(inputs, statistics=True, notes=True)
         # To the end, since a checkpoint runs parts of the model once more in the backward pass.
         with unnoticed(self._model), self._recorder.in_parts():
             with torch.enable_grad(), self._recorder.onto(tape):
-                outputs = self._find_outputs(inputs.run(self._model))
-            shown = tape.shown
+                outputs = self._find_outputs(self._run(inputs))
+            self._recorder.look_for_other_uses(tape, outputs)
+            called = set(tape.called())
             for i in tape.hidden:
-                if i not in shown and self._weights[i].grad is not None:
+                if i not in called and self._weights[i].grad is not None:
                     raise RuntimeError(REENTRANT)
             if only is not None:
                 tape.calls = [call for call in tape.calls if call.layer in only]
             self._sender.send(tape, outputs, outputs.detach(), gradient, counted)
-        return shown
+        return tape.reached
+
+    def _run(self, inputs: ModelInputs) -> Any:
+        try:
+            return inputs.run(self._model)
+        except Exception as error:
+            if self._fraction == 1:
+                raise
+            raise RuntimeError(
+                f"the model failed on {inputs.size} examples of the batch, for K-FAC's statistics: {error}. Where "
+                f"examples depend on each other pass factor_fraction=1, not {self._fraction:g}"
+            ) from error
 
     def trace(self, inputs: ModelInputs) -> Trace:
         """Runs the model to see how its layers feed each other."""

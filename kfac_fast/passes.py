@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 
@@ -167,6 +168,11 @@ def saves_are_packed() -> bool | None:
     """Whether someone packs what autograd saves; None where torch can't tell (2.6)."""
     known = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
     return packing() is not None if known else None
+
+
+def is_selective_checkpoint() -> bool:
+    """Whether what runs is inside a selective checkpoint (``context_fn``), whose graph allows one backward pass."""
+    return any(type(mode).__name__ == "_CachingTorchDispatchMode" for mode in _get_current_dispatch_mode_stack())
 
 
 def _eagerly() -> contextlib.AbstractContextManager[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,10 +19,10 @@ from .checkpoint import IncompatibleKeys
 from .collectives import local, reduction
 from .distributed import Distributed, ranks_of, shards_of_rows
 from .factors import QUEUE_BYTES
-from .inverses import KFACWarning
 from .layers import Blocks, Inputs, discover
 from .likelihoods import Likelihood, as_likelihood
 from .models import Original, refuse_moved_model, unwrap
+from .notices import Notices
 from .report import Report, Row, bytes_by_kind, refuse_beyond
 from .sampler import Sampler
 from .sharing import sharing_for
@@ -126,7 +125,6 @@ class Preconditioner:
         self.ranks, config = ranks_of(model, distributed)
         self._found, layers = discover(self.model, parameters, blocks or Blocks(), shards_of_rows(self.model))
         self.sampler = Sampler(seed, self.ranks.rank)
-        self._warned_about: set[int | str] = set()
         example = layers[0].weight if layers else torch.zeros(())
         dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
         self._expected = expected_bytes(approximation, layers, dtype)
@@ -138,6 +136,7 @@ class Preconditioner:
         # Every part serves a run of consecutive layers.
         self.layers = [layer for part in self.parts for layer in part.layers]
         self.original = Original(self.model, self.layers, parameters or ())
+        self._notices = Notices([layer.name for layer in self.layers], self.original)
         self.weights = [layer.weight for layer in self.layers]
         self._owner = [(part, i) for part in self.parts for i in range(len(part.layers))]
         self.statistics = Statistics([store for part in self.parts for store in part.stores])
@@ -203,7 +202,8 @@ class Preconditioner:
         if self.steps % self.inverse_every == 0 or self.inversions < ALWAYS_INVERT_FIRST:
             per_layer = [damping] * len(self.layers) if isinstance(damping, (int, float)) else damping
             self.update_inverses([math.sqrt(x) for x in per_layer])
-            self._warn_about_changes()
+            self._notices.changes()
+            self.capture.look_again()
         self.steps += 1
 
     def update_factors(self, *, joined: bool = False) -> None:
@@ -214,7 +214,8 @@ class Preconditioner:
             gate = self.statistics.commit(self._reduce)
             if gate is not None:
                 self.refused += (gate == 0).sum()
-            self._warn_about_unseen_layers()
+            self._notices.unseen([i for i in self.capture.take_unseen() if not self._seen_elsewhere(i)])
+            self._notices.used_elsewhere(self.capture.used_elsewhere)
 
     def update_inverses(self, gamma: Sequence[float]) -> None:
         """Recomputes all inverses with γ, one per layer."""
@@ -361,32 +362,6 @@ class Preconditioner:
         """Whether other ranks, or this one before, had rows of a layer that this rank did not use in this step."""
         part, own = self._owner[layer]
         return self.ranks.size > 1 and any(bool(k.any()) for k in part.state(own)["updates"])
-
-    def _warn_about_unseen_layers(self) -> None:
-        unseen = [i for i in self.capture.take_unseen() if i not in self._warned_about and not self._seen_elsewhere(i)]
-        if unseen:
-            self._warned_about.update(unseen)
-            names = ", ".join(self.layers[i].name or "the model itself" for i in unseen)
-            warnings.warn(
-                f"no curvature statistics for layers that have a gradient: {names}. They take the plain gradient until "
-                "there are some. Causes: the model itself was not called (only parts of it, or a functorch transform "
-                "or functional_call of it), a weight is used without its module, or the model was compiled and run "
-                "before the optimizer was made (then make the optimizer from the compiled model)",
-                KFACWarning,
-                stacklevel=3,
-            )
-
-    def _warn_about_changes(self) -> None:
-        for name, change in self.original.changes().items():
-            if name not in self._warned_about:
-                self._warned_about.add(name)
-                warnings.warn(
-                    f"module {name!r}: {change} when the optimizer was made. It is not preconditioned, and not trained "
-                    "unless it is in the optimizer: make a new one, or add the parameters with add_param_group",
-                    KFACWarning,
-                    stacklevel=3,
-                )
-        self.capture.look_again()
 
 
 def _restored(

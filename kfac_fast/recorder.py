@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from .graph import uses_of
 from .hooks import Hook
 from .kept import Awaited, Watch, as_kept
 from .layers import Inputs, Layer
-from .passes import saves_are_packed
+from .passes import is_selective_checkpoint, saves_are_packed
 from .tape import Call, Tape
 
 
@@ -54,6 +56,8 @@ class Recorder:
         self.here = _Here()
         # Of the backward pass that is under way, if layers ran unseen in its forward pass.
         self.recomputing: Tape | None = None
+        # Layers whose weights a forward pass uses outside of their modules too; None: not looked for yet.
+        self.used_elsewhere: list[int] | None = None
 
     def register(self) -> list[RemovableHandle]:
         """Sets the hooks, those after a layer before the user's, which may change the output."""
@@ -81,6 +85,7 @@ class Recorder:
         watch = Watch.begin()
         if watch is not None:
             self.here.watches.append((index, watch))
+            tape.once = tape.once or is_selective_checkpoint()
 
     def _end_watch(self, index: int) -> None:
         watches = self.here.watches
@@ -142,6 +147,20 @@ class Recorder:
         if watches and watches[-1][0] == index:
             return watches[-1][1].inputs(inputs, arguments)
         return as_kept(inputs, output)
+
+    def look_for_other_uses(self, tape: Tape, outputs: Tensor) -> None:
+        """Finds `used_elsewhere`, once, from a forward pass that has just been noted on a tape."""
+        if self.used_elsewhere is not None or not tape.notes or outputs.grad_fn is None:
+            return
+        weights = {
+            i: layer.weight
+            for i, layer in enumerate(self._layers)
+            if layer.forward_in_parts(_note_nothing) is None  # these use their weights in parts
+            and all(type(module).__module__.startswith("torch.nn.") for module in layer.modules)
+        }
+        called = Counter(id(weights[i]) for i in tape.called() if i in weights)
+        uses = uses_of(outputs.grad_fn, list(weights.values()))
+        self.used_elsewhere = [i for i, weight in weights.items() if uses[id(weight)] > called[id(weight)] > 0]
 
     @contextlib.contextmanager
     def onto(self, tape: Tape) -> Iterator[None]:

@@ -14,7 +14,7 @@ from .kept import Awaited
 from .layers import Layer
 from .likelihoods import Likelihood
 from .sequence import Values
-from .tape import Call, Pass, Sink, Tape
+from .tape import ONCE, Call, Pass, Sink, Tape
 
 # With more elements than this in the gradients of all calls (32 MB in float32), they are not kept until all are there.
 ELEMENTS_AT_ONCE = 2**23
@@ -59,6 +59,8 @@ class Sender:
         uses = [(call.layer, call.block) for call in tape.calls]
         awaits = any(isinstance(call.inputs, Awaited) for call in tape.calls)
         for root in self._roots(outputs, gradient, counted):
+            if tape.once and tape.sent > 0:
+                raise RuntimeError(ONCE)
             sent = Pass(uses, len(outputs), first=tape.sent == 0)
             tape.sent += 1
             for call in tape.calls:
@@ -68,7 +70,8 @@ class Sender:
             if below and tape.elements <= ELEMENTS_AT_ONCE and not awaits:
                 self._collect(below, source, root, sent)
             elif below:
-                self._stream(below, source, root, sent)
+                self._stream(below, source, root, sent, all_at_once=tape.once)
+        tape.reached |= {call.layer for call in tape.calls if call.reached}
 
     @torch.no_grad()
     def send_along(
@@ -93,6 +96,7 @@ class Sender:
     def _add(self, call: Call, sent: Pass, gradient: Tensor | None) -> None:
         if gradient is None:  # the outputs do not depend on this call
             return
+        call.reached = True
         if isinstance(call.inputs, Awaited):
             call.inputs.then(lambda inputs: self._sink.add_rows(call.layer, inputs, gradient, sent, call.block))
         else:
@@ -105,7 +109,9 @@ class Sender:
         for call, gradient in zip(calls, found, strict=True):
             self._add(call, sent, gradient)
 
-    def _stream(self, calls: list[Call], source: Tensor | GradientEdge, root: Tensor, sent: Pass) -> None:
+    def _stream(
+        self, calls: list[Call], source: Tensor | GradientEdge, root: Tensor, sent: Pass, *, all_at_once: bool
+    ) -> None:
         """Every gradient when the pass comes by, so that no more of them are alive than in any backward pass.
 
         autograd keeps what it is asked for until the end, so only the lowest calls are asked for. Which these are is
@@ -128,7 +134,7 @@ class Sender:
             if call.edge is not None
         ]
         keys = _keys(calls)
-        asked = [i for i, key in enumerate(keys) if i == 0 or key in self._lowest]
+        asked = [i for i, key in enumerate(keys) if i == 0 or key in self._lowest or all_at_once]
         left = list(range(len(calls)))
         try:
             while asked:

@@ -71,12 +71,14 @@ class Call:
         inputs: What the layer's rows are made from.
         edge: Where the gradient of its output arrives; None: its gradient is the one that is sent.
         block: The first of the layer's blocks that the rows are for.
+        reached: Whether a gradient came.
     """
 
     layer: int
     inputs: Inputs | Awaited
     edge: GradientEdge | None
     block: int = 0
+    reached: bool = False
 
 
 @dataclass(eq=False)
@@ -92,6 +94,8 @@ class Tape:
         elements: Of all outputs in ``calls``.
         hidden: Calls of every layer without a graph: frozen in passing, or inside a reentrant checkpoint.
         recomputes: Whether a backward pass may run parts of the model again (non-reentrant checkpoints).
+        once: Whether the graph allows a single backward pass (selective checkpoints).
+        reached: Layers that gradients came to.
         awaiting: Inputs that the user's own backward pass, where it listens, has brought a gradient for.
         user: The user's own backward pass, where it listens.
         sent: How many gradients were sent to the calls so far.
@@ -109,6 +113,8 @@ class Tape:
     elements: int = 0
     hidden: dict[int, int] = field(default_factory=dict)
     recomputes: bool = False
+    once: bool = False
+    reached: set[int] = field(default_factory=set)
     awaiting: list[Awaited] = field(default_factory=list)
     user: Pass = field(default_factory=lambda: Pass([]))
     sent: int = 0
@@ -117,10 +123,9 @@ class Tape:
     trace: Trace | None = None
     kept: Kept | None = None
 
-    @property
-    def shown(self) -> set[int]:
-        """Layers whose calls were noted."""
-        return {call.layer for call in self.calls} | {layer for layer, _ in self.user.uses}
+    def called(self) -> list[int]:
+        """The layer of every call that was noted."""
+        return [call.layer for call in self.calls] + [layer for layer, _ in self.user.uses]
 
     def give_up(self) -> None:
         """Stops waiting for inputs: the user's pass has ended, and what it did not go through takes no part in it."""
@@ -185,6 +190,11 @@ class Batch:
         both = None if self.gradient is None or other.gradient is None else self.gradient + other.gradient
         return Batch(self.inputs, self.counted | other.counted, self.kept, self.outputs, both)
 
+
+ONCE = (
+    "selective activation checkpointing (context_fn) allows one backward pass through a forward pass, and "
+    "fisher='exact' needs several: take fisher='mc' or 'empirical'"
+)
 
 REENTRANT = (
     "reentrant activation checkpointing runs layers where no extra backward pass can reach them: pass "

@@ -11,7 +11,13 @@ import pytest
 import torch
 from recompute import DOUBLE, exact, half_square
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from kfac_fast import Preconditioner
 from kfac_fast.passes import saves_are_packed
@@ -62,9 +68,13 @@ class Loop(nn.Module):
 
 
 def factors(
-    model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], dtype: torch.dtype = DOUBLE, **options
+    model: nn.Module,
+    call: Callable[[nn.Module, Tensor], Tensor],
+    dtype: torch.dtype = DOUBLE,
+    passes: int = 0,
+    **options,
 ) -> list[Tensor]:
-    """After two steps, of two micro-batches each."""
+    """After two steps, of two micro-batches each, with so many passes of their own."""
     pre = exact(model, **options)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -74,7 +84,7 @@ def factors(
         pre.steps = 1  # the inverses do not matter here
         pre.step()
         model.zero_grad()
-    assert pre.capture.own_pass.count == 0
+    assert pre.capture.own_pass.count == passes
     pre.close()
     assert not saves_are_packed()
     states = [part.state(i) for part in pre.parts for i in range(len(part.layers))]
@@ -159,6 +169,24 @@ def test_checkpoints_in_turn(fisher: str) -> None:
     model = InTurn(*(m for _ in range(4) for m in (nn.Linear(3, 3), nn.Tanh()))).double()
     found = factors(model, lambda net, x: net(x), fisher=fisher)
     model.run = False
+    assert_same(found, factors(model, lambda net, x: net(x), fisher=fisher))
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_selective_checkpoints_allow_one_backward_pass(fisher: str) -> None:
+    def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.addmm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    selective = partial(again, context_fn=partial(create_selective_checkpoint_contexts, keep_products))
+    model = Loop("a step", selective).double().eval()
+    if fisher == "exact":
+        pre = exact(model)
+        with pytest.raises(RuntimeError, match="fisher='mc' or 'empirical'"):
+            half_square(model(torch.ones(5, 3, dtype=DOUBLE))).backward()
+        pre.close()
+        return
+    found = factors(model, lambda net, x: net(x), passes=4 if fisher == "mc" else 0, fisher=fisher)
+    model.run = plainly
     assert_same(found, factors(model, lambda net, x: net(x), fisher=fisher))
 
 

@@ -7,9 +7,11 @@ import gc
 import pickle
 import weakref
 
+import pytest
 import torch
 from recompute import DOUBLE, Net, exact, half_square, plain_factors
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kfac_fast import KFAC
 
@@ -70,3 +72,17 @@ def test_two_optimizers_on_one_model() -> None:
     second.step()
     assert torch.equal(first.factors.running.data, expected)
     assert torch.equal(second.factors.running.data, expected)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_error_of_the_model_is_seen_after_the_optimizer_is_gone(checkpointed: bool) -> None:
+    """Its hooks are then still there, and go when the model is next called."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    exact(model)
+    exact(model)
+    gc.collect()
+    x = torch.randn(5, 2)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    model(torch.randn(5, 3))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
