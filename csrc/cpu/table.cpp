@@ -6,7 +6,7 @@
 KFAC_FAST_DECLARE_KERNELS(baseline)
 #elif defined(__x86_64__)
 #if defined(KFAC_FAST_WITH_AMX)
-KFAC_FAST_DECLARE_KERNELS(amx)  // factor_update and precondition
+KFAC_FAST_DECLARE_KERNELS(amx)  // all but commit
 #endif
 KFAC_FAST_DECLARE_KERNELS(avx512)
 KFAC_FAST_DECLARE_KERNELS(avx2)
@@ -47,6 +47,8 @@ std::vector<const OpTable*> runnable_tables() {
     table.name = "amx";
     table.factor_update_workspace = cpu::amx::factor_update_workspace;
     table.factor_update = cpu::amx::factor_update;
+    table.damped_inverse_workspace = cpu::amx::damped_inverse_workspace;
+    table.damped_inverse = cpu::amx::damped_inverse;
     table.precondition_workspace = cpu::amx::precondition_workspace;
     table.precondition = cpu::amx::precondition;
     return table;

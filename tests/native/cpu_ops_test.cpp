@@ -28,7 +28,7 @@ struct Options {
 
 std::vector<int32_t> block_sizes(const Options& options) {
   if (!options.exhaustive)
-    return {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 48, 49, 63, 64, 65, 97, 128, 200};
+    return {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 48, 49, 63, 64, 65, 97, 128, 145, 200, 259};
   std::vector<int32_t> sizes;
   for (int32_t n = 1; n <= 300; ++n) sizes.push_back(n);
   return sizes;
@@ -42,7 +42,10 @@ void test_inverse(Tally& tally, const OpTable& table, const Options& options) {
   check_inverse<T>(tally, table, sizes, options.threads);
   check_inverse<T>(tally, table, std::vector<int32_t>(37, 13), options.threads);  // many alike
   check_inverse<T>(tally, table, {430, 3, 390}, options.threads);                 // threads within a block
-  for (const int32_t n : {1, 5, 8, 16, 23, 40, 64, 100}) check_failures<T>(tally, table, n, options.threads);
+  for (const int32_t n : {1, 5, 8, 16, 23, 40, 64, 100, 150}) check_failures<T>(tally, table, n, options.threads);
+  for (const int32_t n : {20, 100, 150, 290}) {
+    for (const int power : {-116, 100}) check_scales<T>(tally, table, n, power);
+  }
 }
 
 template <typename T>

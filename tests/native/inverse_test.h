@@ -150,4 +150,29 @@ void check_failures(Tally& tally, const OpTable& table, int32_t n, int threads) 
   }
 }
 
+// Rows and columns times powers of two: the inverse is divided by the same, down to the end of the range of float32.
+template <typename T>
+void check_scales(Tally& tally, const OpTable& table, int32_t n, int power) {
+  InverseCase<T> given({n}, 6), scaled({n}, 6);
+  const auto exponent = [&](int64_t i, int64_t j) { return power + static_cast<int>(i % 5 + j % 5) - 4; };
+  for (int64_t i = 0; i < n; ++i) {
+    given.block(0)[i * n + i] += given.damping[0];
+    for (int64_t j = 0; j <= i; ++j) scaled.block(0)[i * n + j] = std::ldexp(given.block(0)[i * n + j], exponent(i, j));
+  }
+  given.damping[0] = scaled.damping[0] = T(0);
+  given.invert(table, 1);
+  scaled.invert(table, 1);
+  double largest = 0, error = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const double expected = given.result(0)[i * n + j];
+      const double difference = std::fabs(std::ldexp(double(scaled.result(0)[i * n + j]), exponent(i, j)) - expected);
+      largest = std::max(largest, std::fabs(expected));
+      error = difference <= error ? error : difference;  // a NaN becomes the error
+    }
+  }
+  tally.check(scaled.info[0] == 0 && error <= 1e-6 * largest,
+              std::string(table.name) + " inverse n=" + std::to_string(n) + " times 2^" + std::to_string(power));
+}
+
 }  // namespace kfac_fast::test
