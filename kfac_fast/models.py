@@ -38,6 +38,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             model = model.get_submodule("_orig_mod")
         else:
             break
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ValueError("model has lazy modules whose parameters are not there yet: call it once, on a few examples")
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model must have parameters with data, got some on the device meta; make the optimizer later")
     for module in model.modules():

@@ -49,7 +49,7 @@ def update_parameters(
             torch._foreach_add_(b, d)
             d = list(torch._foreach_add(d, b, alpha=momentum)) if group["nesterov"] else b
         if gate is not None:
-            d = list(torch._foreach_mul(d, gate.to(d[0].dtype)))
+            d = list(torch._foreach_mul(d, gate.to(d[0].dtype.to_real())))
         torch._foreach_add_(w, d, alpha=-lr)
 
 
@@ -61,6 +61,7 @@ def _fits_one_pass(w: Tensor, d: Tensor, b: Tensor) -> bool:
     return (
         w.device.type == "cpu"
         and w.dtype == d.dtype == b.dtype
+        and not w.is_complex()
         and w.is_contiguous()
         and d.is_contiguous()
         and b.is_contiguous()

@@ -109,6 +109,37 @@ def test_a_user_may_patch_forward() -> None:
     assert same(pre, by_hand(model, [2 * x]))
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0, "weight_decay": 0.1}])
+def test_complex_parameters_take_the_base_update(options: dict[str, float]) -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.spectrum = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.fft.ifft(torch.fft.fft(self.first(x)) * self.spectrum).real)
+
+    model, x, y = Spectral(), torch.randn(32, 4), torch.randn(32, 2)
+    optimizer = KFAC(model, likelihood="gaussian", lr=0.1, **options)
+    assert {row.name: row.reason for row in optimizer.report()}["spectrum"] == "no block for Spectral"
+    before, losses = model.spectrum.detach().clone(), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(half_square(model(x) - y))
+        losses[-1].backward()
+        optimizer.step()
+    assert not torch.equal(model.spectrum, before)
+    assert losses[-1].item() < 0.9 * losses[0].item()
+    optimizer.zero_grad()
+    half_square(model(x) - y).backward()
+    model.spectrum.grad.fill_(complex(0, float("nan")))
+    with pytest.warns(KFACWarning, match="spectrum"):
+        optimizer.step()
+    assert bool(model.spectrum.isfinite().all())
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 def train(model: nn.Module, optimizer: KFAC, steps: int = 1) -> None:
     for _ in range(steps):
         optimizer.zero_grad()

@@ -179,3 +179,11 @@ def test_one_number_per_example_has_to_be_a_vector(likelihood: str) -> None:
     with pytest.raises(ValueError, match=r"got \(5,\); .* return \[N, 1\], and squeeze it in the loss"):
         model(torch.randn(5, 3))
     pre.close()
+
+
+def test_lazy_modules_have_to_be_called_first() -> None:
+    model = nn.Sequential(nn.LazyConv1d(4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"lazy modules .* call it once"):
+        KFAC(model)
+    model(torch.randn(2, 3, 6))
+    assert {row.kind for row in KFAC(model).report()} == {"ConvLayer", "LinearLayer"}
