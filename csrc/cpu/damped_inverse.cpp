@@ -20,8 +20,8 @@ constexpr int64_t kInterleavedSize = 64;
 // that all lanes together have, n = 16 at a tenth, so that a group pays from sum of n_i^3 > n_max^4 / kSmallestGain on.
 constexpr double kSmallestGain = 16;
 
-// From here on the matrix instructions are faster: 1.1 times at 160, 1.7 times at 2048.
-constexpr int64_t kMinSplitSize = 129;
+// From here on the matrix instructions are faster; at 112, which they pad to 128, they are slower.
+constexpr int64_t kMinSplitSize = 120;
 
 template <typename T>
 inline bool by_matrix_tiles(int64_t n) {

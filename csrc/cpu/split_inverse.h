@@ -18,6 +18,7 @@ namespace kfac_fast::cpu::KFAC_FAST_ISA {
 constexpr int64_t kMaxSplitSteps = 4;
 constexpr int64_t kMaxSplitDepth = kMaxSplitSteps * kTileDepth;
 constexpr int64_t kSplitNumel = kSplitSide * kSplitSide;
+constexpr int64_t kProductsPerStep = 24;  // six of parts for each of four tiles
 static_assert(kSplitSide == kTileDepth, "a block is one step of depth");
 
 // Blocks of pivots per step. Large steps pass over B less often.
@@ -128,7 +129,6 @@ struct SplitStep {
   int64_t depth() const { return steps * kTileDepth; }
   int64_t next() const { return steps * kSplitWords; }  // words of a tile of an operand
   bool has(int64_t block) const { return first <= block && block < end(); }
-  int64_t tiles(int64_t block) const { return min(2, split_tiles(n - block * kSplitSide)); }
 };
 
 // Factors the pivot block and packs L^-1. Returns 0 or the 1-based index of the failing pivot within the matrix.
@@ -160,12 +160,11 @@ inline int64_t factor_split_pivot(const SplitInverseScratch& s, const SplitStep&
 
 // Both forms of W for row of blocks i. Blocks below the pivots give W, those above give W^T, so that all are packed as
 // they lie.
-template <int R>
 inline void sweep_split_rows(const SplitInverseScratch& s, const SplitStep& step, int64_t i) {
   const int64_t next = step.next();
   const bool below = i >= step.end();
   alignas(64) int32_t column[2 * kMaxSplitSteps * kSplitWords];
-  for (int64_t tile = 0; tile < R; ++tile) {
+  for (int64_t tile = 0; tile < 2; ++tile) {
     for (int64_t k = 0; k < step.steps; ++k) {
       int32_t* words = column + tile * next + k * kSplitWords;
       if (below) {
@@ -183,13 +182,13 @@ inline void sweep_split_rows(const SplitInverseScratch& s, const SplitStep& step
     float* to = out + k * kSplitNumel;
     const int64_t factor = 2 * k * next;
     if (below) {
-      multiply_split<R, 2, kSplitParts>(k + 1, operand, {s.factor[1] + factor, next}, true, to, kSplitSide, beside);
+      multiply_split<2, 2, kSplitParts>(k + 1, operand, {s.factor[1] + factor, next}, true, to, kSplitSide, beside);
     } else {
       multiply_split<2, 2, kSplitParts>(k + 1, {s.factor[0] + factor, next}, operand, true, to, kSplitSide, beside);
     }
   }
   finish_stores();
-  for (int64_t tile = 0; tile < R; ++tile) {
+  for (int64_t tile = 0; tile < 2; ++tile) {
     for (int64_t k = 0; k < step.steps; ++k) {
       const int64_t at = (2 * i + tile) * next + k * kSplitWords;
       const float* from = out + k * kSplitNumel;
@@ -220,21 +219,43 @@ inline void pack_pivot_rows(const SplitInverseScratch& s, const SplitStep& step,
 
 inline void sweep_split(const SplitInverseScratch& s, const SplitStep& step, int64_t i) {
   if (step.has(i)) return pack_pivot_rows(s, step, i);
-  step.tiles(i) == 2 ? sweep_split_rows<2>(s, step, i) : sweep_split_rows<1>(s, step, i);
+  sweep_split_rows(s, step, i);
 }
+
+// Memory of the next matrix: of the lines that come with a block a few are asked for with every product, since many at
+// once would stand in the way of this matrix's own.
+class SpreadAhead {
+ public:
+  SpreadAhead(Ahead& ahead, int64_t lines, int64_t steps)
+      : ahead_(ahead), per_block_(lines), per_product_(ceil_div(lines, steps * kProductsPerStep)) {}
+
+  void start_block() { lines_ = ahead_.take(per_block_); }
+  void next() {
+    for (int64_t line = 0; line < per_product_; ++line) {
+      __builtin_prefetch(lines_.begin, 0, 2);
+      lines_.begin += lines_.step;
+    }
+  }
+
+ private:
+  Ahead& ahead_;
+  int64_t per_block_, per_product_;
+  Ahead::Lines lines_ = {};
+};
 
 // Products on their way into B: a block's are added while the next is multiplied, a few vectors with every instruction.
 class BlockSums {
  public:
-  // to (=, +=) left right, R tiles high and two wide.
-  template <int R>
-  void multiply(int64_t steps, SplitOperand left, SplitOperand right, float* to, bool assign) {  // [16 R, 32]
+  // to (=, +=) left right.
+  void multiply(int64_t steps, SplitOperand left, SplitOperand right, bool assign, float* to,  // [32, 32]
+                SpreadAhead& ahead) {
     float* out = assign ? to : out_[current_];
-    multiply_split<R, 2, kSplitParts>(steps, left, right, true, out, kSplitSide,
-                                      [this](int64_t) { return Waiting{*this}; });
+    ahead.start_block();
+    multiply_split<2, 2, kSplitParts>(steps, left, right, true, out, kSplitSide,
+                                      [&](int64_t) { return Beside{*this, ahead}; });
     finish();
     if (assign) return;
-    from_ = out, to_ = to, end_ = out + R * kTileSide * kSplitSide;
+    from_ = out, to_ = to, end_ = out + kSplitNumel;
     current_ = 1 - current_;
   }
 
@@ -244,9 +265,11 @@ class BlockSums {
   }
 
  private:
-  struct Waiting {
+  struct Beside {
     BlockSums& sums;
+    SpreadAhead& ahead;
     void next() {
+      ahead.next();
       if (sums.from_ < sums.end_) sums.add();
     }
   };
@@ -256,7 +279,6 @@ class BlockSums {
     KFAC_FAST_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* to = to_ + v * kTileSide;
-      __builtin_prefetch(to + 2 * kSplitNumel, 1);
       _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), _mm512_load_ps(from_ + v * kTileSide)));
     }
     from_ += kVectors * kTileSide;
@@ -269,16 +291,13 @@ class BlockSums {
   float* to_ = nullptr;
 };
 
-// Row of blocks i of B, up to the diagonal. Beyond the matrix its last block is never read.
+// Row of blocks i of B, up to the diagonal.
 inline void update_split_rows(const SplitInverseScratch& s, const SplitStep& step, int64_t i, BlockSums& sums,
-                              Ahead& ahead, int64_t lines) {
+                              SpreadAhead& ahead) {
   const SplitOperand left = {s.left + 2 * i * step.next(), step.next()};
   for (int64_t j = 0; j <= i; ++j) {
     const SplitOperand right = {s.right + 2 * j * step.next(), step.next()};
-    const bool assign = step.has(i) || step.has(j);
-    ahead.ask(lines);
-    step.tiles(i) == 2 ? sums.multiply<2>(step.steps, left, right, s.block(i, j), assign)
-                       : sums.multiply<1>(step.steps, left, right, s.block(i, j), assign);
+    sums.multiply(step.steps, left, right, step.has(i) || step.has(j), s.block(i, j), ahead);
   }
 }
 
@@ -303,23 +322,25 @@ inline int64_t invert_split(const float* block, float damping, int64_t n, float*
   const int64_t blocks = split_blocks(n);
   for (int64_t i = 0; i < blocks * kSplitSide; ++i) s.scale[i] = i < n ? root_scale(block[i * n + i] + damping) : 1.0f;
   for_block_rows(threads, blocks, [&](int64_t i) { load_scaled(block, damping, n, i, s); });
-  const int64_t updates = blocks * (blocks + 1) / 2 * ceil_div(blocks, split_sweep_steps(n));
-  const int64_t lines = ceil_div(n * n / 8, updates);  // of both matrices of the next block
-  for (int64_t k = 0; k < blocks; k += split_sweep_steps(n)) {
-    const SplitStep step = {n, k, min(split_sweep_steps(n), blocks - k)};
+  const int64_t depth_steps = split_sweep_steps(n);
+  const int64_t updates = blocks * (blocks + 1) / 2 * ceil_div(blocks, depth_steps);
+  SpreadAhead spread(ahead, ceil_div(n * n / 8, updates), depth_steps);  // lines of both matrices of the next block
+  for (int64_t k = 0; k < blocks; k += depth_steps) {
+    const SplitStep step = {n, k, min(depth_steps, blocks - k)};
     const int64_t failed = factor_split_pivot(s, step);
     if (failed != 0) return failed;
     for_block_rows(threads, blocks, [&](int64_t i) { sweep_split(s, step, i); });
     if (threads == 1) {
       const TileRegisters registers;
       BlockSums sums;
-      for (int64_t i = 0; i < blocks; ++i) update_split_rows(s, step, i, sums, ahead, lines);
+      for (int64_t i = 0; i < blocks; ++i) update_split_rows(s, step, i, sums, spread);
       sums.finish();
     } else {
       for_block_rows(threads, blocks, [&](int64_t i) {
         Ahead nothing;
+        SpreadAhead none(nothing, 0, depth_steps);
         BlockSums sums;
-        update_split_rows(s, step, i, sums, nothing, 0);
+        update_split_rows(s, step, i, sums, none);
         sums.finish();
       });
     }
