@@ -97,6 +97,18 @@ __device__ inline bool pad_position(PaddingMode mode, int64_t size, int64_t& pos
   return true;
 }
 
+// Calls f with a null pointer of the type of rows that are computed with in T: E where it is known, else void.
+template <typename T, typename E, typename F>
+__device__ __forceinline__ void with_row_type(DType dtype, F&& f) {
+  if constexpr (!std::is_void_v<E>) {
+    f(static_cast<E*>(nullptr));
+  } else if constexpr (sizeof(T) == sizeof(double)) {
+    f(static_cast<double*>(nullptr));
+  } else {
+    with_single_dtype(dtype, f);
+  }
+}
+
 // Brings in sqrt(w_k) X[k, column0 + ...] for the rows k before `end`.
 // E: type of the rows where it is known, else void.
 template <typename Tile, typename T, typename E = void>
@@ -110,13 +122,7 @@ struct RowsLoader {
 
   template <int kCount>
   __device__ __forceinline__ void load(T (&values)[kCount], int64_t k0, int first) const {
-    if constexpr (!std::is_void_v<E>) {
-      load_typed(values, k0, first, static_cast<E*>(nullptr));
-    } else if constexpr (sizeof(T) == sizeof(double)) {
-      load_typed(values, k0, first, static_cast<double*>(nullptr));
-    } else {
-      with_single_dtype(rows.dtype, [&](auto* type) { load_typed(values, k0, first, type); });
-    }
+    with_row_type<T, E>(rows.dtype, [&](auto* type) { load_typed(values, k0, first, type); });
   }
 
  private:

@@ -154,13 +154,7 @@ struct PixelLoader {
 
   template <int kCount>
   __device__ __forceinline__ void load(T (&values)[kCount], int64_t k0, int first) const {
-    if constexpr (!std::is_void_v<E>) {
-      load_typed(values, k0, first, static_cast<E*>(nullptr));
-    } else if constexpr (sizeof(T) == sizeof(double)) {
-      load_typed(values, k0, first, static_cast<double*>(nullptr));
-    } else {
-      with_single_dtype(rows.dtype, [&](auto* type) { load_typed(values, k0, first, type); });
-    }
+    with_row_type<T, E>(rows.dtype, [&](auto* type) { load_typed(values, k0, first, type); });
     if constexpr (kFinds) {
       if (!second) pixels.find(k0 + 2 * Tile::kDepth);
     }
