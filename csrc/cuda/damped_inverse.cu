@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kWarpClassThreads)
 
 #pragma unroll 8
   for (int row = 0; row < n; ++row) {
-    if (lane <= row) square[row * Class::kStride + lane] = in[row * n + lane];
+    // To the end of a sector, which comes along anyway; what lies above the diagonal is not used.
+    if (lane <= (row | 7) && lane < n) square[row * Class::kStride + lane] = in[row * n + lane];
   }
   __syncwarp(mates);
   T a[kLanes];  // a[j]: row `lane`, column (k + j) mod kLanes at step k, so that the pivot's column is always a[0]

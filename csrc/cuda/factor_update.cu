@@ -113,6 +113,14 @@ struct Layout {
            (conv.channels | conv.batch_stride | strides[0] | strides[1] | strides[2]) % columns == 0;
   }
 
+  // Whether every row of an image begins and ends with a sector of memory.
+  static bool whole_sectors(const Rows& rows) {
+    const Conv& conv = *rows.conv;
+    const int64_t* const strides = conv.spatial_stride;
+    return strides[2] == 1 && reinterpret_cast<uintptr_t>(rows.data) % 32 == 0 &&
+           (conv.channel_stride | conv.batch_stride | strides[0] | strides[1]) % (32 / width(rows)) == 0;
+  }
+
   Layout(const FactorUpdate& op, const Context& memory, int device) : arena(memory) {
     const int count = op.plan.count(), capability = compute_capability(device);
     int conv_count = 0, at = 0, conv = 0;
@@ -231,6 +239,7 @@ struct Layout {
         entry.chunks = shifted.chunks;
         entry.border_chunks = shifted.border_chunks;
         entry.along_k = conv.channel_stride != 1;
+        entry.run = whole_sectors(rows) ? static_cast<int32_t>(32 / width(rows)) : 1;
         return;
       }
     }
@@ -244,9 +253,9 @@ struct Layout {
   }
 };
 
-// Products of the blocks of one class. Tile: how a CTA of the kernel is organised; kernel: what it does with rows as
-// they are, and with shifted images.
-template <typename Tile, typename T>
+// Products of the blocks of one class: kernels for rows as they are and for shifted images, and how their CTAs are
+// organised.
+template <typename Tile, typename ShiftedTile, typename T>
 cudaError_t launch_products(void (*kernel)(RowsTables, int, FinishArguments<T>), void (*shifted)(RowsTables, int, T*),
                             const Layout<T>& layout, int c, const FinishArguments<T>& finish, const Context& ctx) {
   const int begin = layout.begin[c], count = layout.begin[c + 1] - begin;
@@ -254,8 +263,9 @@ cudaError_t launch_products(void (*kernel)(RowsTables, int, FinishArguments<T>),
   const RowsTables tables = {layout.arena.on_device(layout.entries + begin), layout.arena.on_device(first),
                              layout.arena.on_device(layout.convs)};
   if (Class(c).shifted) {
-    return launch(shifted, first[count], Tile::kThreads, Tile::kSharedBytes + Pixels<Tile::kDepth>::kSharedBytes,
-                  ctx.stream, tables, count, finish.partials);
+    const size_t shared_bytes = ShiftedTile::kSharedBytes + Pixels<ShiftedTile::kDepth>::kSharedBytes;
+    return launch(shifted, first[count], ShiftedTile::kThreads, shared_bytes, ctx.stream, tables, count,
+                  finish.partials);
   }
   const size_t shared_bytes = Tile::kSharedBytes + 2 * Tile::kSide * sizeof(PatchColumn);
   return launch(kernel, first[count], Tile::kThreads, shared_bytes, ctx.stream, tables, count, finish);
@@ -265,7 +275,8 @@ template <typename E, int kSide>
 cudaError_t launch_mma(const Layout<float>& layout, int c, const FinishArguments<float>& finish, const Context& ctx) {
   void (*shifted)(RowsTables, int, float*) = nullptr;  // channels are not cut into tiles of 128
   if constexpr (kSide <= 64) shifted = shifted_gram_mma_kernel<E, kSide>;
-  return launch_products<MmaTile<E, kSide>>(factor_update_mma_kernel<E, kSide>, shifted, layout, c, finish, ctx);
+  return launch_products<MmaTile<E, kSide>, ShiftedTile<E, kSide>>(factor_update_mma_kernel<E, kSide>, shifted, layout,
+                                                                   c, finish, ctx);
 }
 
 template <int kSide>
@@ -284,8 +295,9 @@ cudaError_t launch_mma(const Layout<float>& layout, int c, const FinishArguments
 
 template <typename T, int kSide>
 cudaError_t launch_fma(const Layout<T>& layout, int c, const FinishArguments<T>& finish, const Context& ctx) {
-  return launch_products<Tile<T, kSide>>(factor_update_fma_kernel<T, kSide>, shifted_gram_fma_kernel<T, kSide>, layout,
-                                         c, finish, ctx);
+  using Own = Tile<T, kSide>;
+  return launch_products<Own, Own>(factor_update_fma_kernel<T, kSide>, shifted_gram_fma_kernel<T, kSide>, layout, c,
+                                   finish, ctx);
 }
 
 template <typename T>

@@ -9,8 +9,9 @@
 namespace kfac_fast {
 
 // How a CTA computes a kSide x kSide tile from rows of E: warps side by side, each with kRows x kColumns fragments of
-// 16x8 elements. Rows lie in shared memory as they are in global memory, kDepth at a time, kStages under way.
-template <typename E_, int kSide_>
+// 16x8 elements. Rows lie in shared memory as they are in global memory, kDepth at a time, kStages under way: kRuns
+// times the elements of a sector, and of long stages fewer.
+template <typename E_, int kSide_, int kRuns = 2>
 struct MmaTile {
   using E = E_;
   static constexpr int kSide = kSide_;
@@ -18,8 +19,8 @@ struct MmaTile {
   static constexpr int kResident = kSide == 32 ? 7 : kSide == 64 ? 3 : 1;  // CTAs that registers are left for
   static constexpr int kRows = kSide == 32 ? 1 : 2, kColumns = kSide == 128 ? 8 : 4;
   static constexpr int kWarpsAcross = kSide / (8 * kColumns);
-  static constexpr int kDepth = 64 / sizeof(E), kRun = 32 / sizeof(E);  // a run along k: a sector
-  static constexpr int kStages = 3;
+  static constexpr int kRun = 32 / sizeof(E), kDepth = kRuns * kRun;
+  static constexpr int kStages = kRuns == 2 ? 3 : 2;
   static constexpr int kStride = kSide + 8;  // rows of one column (f32), 16 bytes of 8 rows (16 bits): different banks
   static constexpr int kStage = kDepth * kStride;
   static constexpr int kLoads = kSide * kDepth / kThreads;
@@ -33,12 +34,13 @@ struct MmaTile {
 };
 
 // Of float, single precision from three products of tf32 numbers: x = high + low with 11 bits each, and low low is
-// dropped. Fragments are summed up for one stage only, then added by ordinary additions: tensor cores cut the sum off
+// dropped. Fragments are summed up for 16 rows only, then added by ordinary additions: tensor cores cut the sum off
 // instead of rounding it, which over thousands of rows would be a bias. Of Tf32, high high alone, summed up as it is.
 template <typename E>
 struct Fragments {
   static constexpr bool kThree = std::is_same_v<E, float>;
   static constexpr bool kFlush = kThree;
+  static constexpr int kFlushRows = 16;
   static constexpr int kStep = 8;  // rows per instruction
 
   __device__ static uint32_t word(const float* p) { return __float_as_uint(*p); }
@@ -217,20 +219,27 @@ __device__ __forceinline__ void multiply_pipelined(MmaSums<Tile>& sums, int64_t 
     if (next < end) fill(stage == 0 ? kAhead : stage - 1, next);
     copy_commit();
     const int at = stage * Tile::kStage;
-    float sum[Tile::kRows][Tile::kColumns][4] = {};
-#pragma unroll
-    for (int k = 0; k < Tile::kDepth; k += Operand::kStep) {
-      Operand::template multiply<Tile>(Operand::kFlush ? sum : sums.d, p + at + k * Tile::kStride,
-                                       q + at + k * Tile::kStride);
-    }
     if constexpr (Operand::kFlush) {
 #pragma unroll
-      for (int r = 0; r < Tile::kRows; ++r) {
+      for (int first = 0; first < Tile::kDepth; first += Operand::kFlushRows) {
+        float sum[Tile::kRows][Tile::kColumns][4] = {};
 #pragma unroll
-        for (int c = 0; c < Tile::kColumns; ++c) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums.d[r][c][i] += sum[r][c][i];
+        for (int k = first; k < first + Operand::kFlushRows; k += Operand::kStep) {
+          Operand::template multiply<Tile>(sum, p + at + k * Tile::kStride, q + at + k * Tile::kStride);
         }
+#pragma unroll
+        for (int r = 0; r < Tile::kRows; ++r) {
+#pragma unroll
+          for (int c = 0; c < Tile::kColumns; ++c) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums.d[r][c][i] += sum[r][c][i];
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < Tile::kDepth; k += Operand::kStep) {
+        Operand::template multiply<Tile>(sums.d, p + at + k * Tile::kStride, q + at + k * Tile::kStride);
       }
     }
     stage = stage == kAhead ? 0 : stage + 1;

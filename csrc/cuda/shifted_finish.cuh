@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   const ShiftedShape shape(conv, rows.bias, rows.side);
   int gi, gj;
   lower_pair(item - tables.first[owner], gi, gj);
-  const int offsets = shape.offsets, group = finish_channels(offsets), stride = group * offsets + 1;
+  const int offsets = shape.offsets, group = finish_channels(offsets), stride = group * offsets | 1;  // odd
   const int row_channel = gi * group, column_channel = gj * group;
   OffsetPair* const pairs = shared_memory<OffsetPair>();
   T* const piece = reinterpret_cast<T*>(pairs + lower_pairs(kMaxShiftedOffsets));  // [group * offsets, stride]
@@ -96,20 +96,24 @@ __global__ void __launch_bounds__(kFinishThreads)
   T* const c = to.factors + rows.factor;
   bool bad = false;
   T diagonal = T(0);
-  for (int e = thread; e < height * width; e += kFinishThreads) {
-    const int row = e / width, column = e % width;
-    if (row0 + row < column0 + column) continue;
-    T& value = piece[row * stride + column];
-    T* const at = c + static_cast<int64_t>(row0 + row) * rows.size + column0 + column;
-    bad = bad || !isfinite(value);
-    *at = value = decayed(keep, *at, add * value);
-    if (row0 + row == column0 + column) diagonal += value;
+  // A warp keeps to a row, and to a column of the mirror image: then its lanes meet different banks.
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
+  constexpr int kWarps = kFinishThreads / kWarpSize;
+  for (int row = warp; row < height; row += kWarps) {
+    const int end = min(width, row0 + row - column0 + 1);
+    T* const at = c + static_cast<int64_t>(row0 + row) * rows.size + column0;
+    for (int column = lane; column < end; column += kWarpSize) {
+      T& value = piece[row * stride + column];
+      bad = bad || !isfinite(value);
+      at[column] = value = decayed(keep, at[column], add * value);
+      if (row0 + row == column0 + column) diagonal += value;
+    }
   }
   if (__syncthreads_or(bad) && thread == 0) atomicOr(to.nonfinite + rows.index, 1);
-  for (int e = thread; e < height * width; e += kFinishThreads) {  // the mirror image
-    const int row = e % height, column = e / height;
-    if (row0 + row > column0 + column) {
-      c[static_cast<int64_t>(column0 + column) * rows.size + row0 + row] = piece[row * stride + column];
+  for (int column = warp; column < width; column += kWarps) {  // the mirror image
+    T* const at = c + static_cast<int64_t>(column0 + column) * rows.size + row0;
+    for (int row = lane; row < height; row += kWarpSize) {
+      if (row0 + row > column0 + column) at[row] = piece[row * stride + column];
     }
   }
   if (gi == gj) add_to_trace(rows, gi, diagonal, to, piece);

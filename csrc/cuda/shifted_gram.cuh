@@ -35,22 +35,33 @@ __host__ __device__ inline ShiftedAxis shifted_axis(const Conv& conv, int axis, 
 // axis in which the pixel is outside of the core.
 struct ShiftedRegion {
   ShiftedAxis axis[3];
-  int core;  // 0 or 1; a whole word, because vectors of words are read
+  int core;       // 0 or 1; a whole word, because vectors of words are read
+  int row, lead;  // pixels in a row of a core, and those before its own
 
   __host__ __device__ ShiftedRegion(const Conv& conv, const int (&shift)[3], const int (&offset)[3], bool core_)
-      : core(core_) {
+      : core(core_), lead(0) {
     for (int i = 0; i < 3; ++i) axis[i] = shifted_axis(conv, i, shift[i], offset[i]);
+    row = axis[2].core_length;
+  }
+  // Fills the rows of a core up with pixels that don't count, so that they begin and end where runs of `run` pixels in
+  // memory do: for at most a quarter more pixels, whole sectors are read.
+  __host__ __device__ void fill_up(const Conv& conv, int run) {
+    const int before = (axis[2].core - static_cast<int>(conv.pad[2])) & (run - 1);
+    const int filled = (before + axis[2].core_length + run - 1) & -run;
+    if (core == 0 || 4 * filled > 5 * axis[2].core_length) return;
+    row = filled;
+    lead = before;
   }
   __host__ __device__ int length(int i, int part) const {
-    return i < part    ? axis[i].core_length
+    return i < part    ? i == 2 ? row : axis[i].core_length
            : i == part ? axis[i].window_length - axis[i].core_length
                        : axis[i].window_length;
   }
   __host__ __device__ int pixels(int part) const { return length(0, part) * length(1, part) * length(2, part); }
   __host__ __device__ int pixels() const { return core ? pixels(3) : pixels(0) + pixels(1) + pixels(2); }
 
-  // Place of pixel number `index` in the padded input.
-  __device__ void pixel(int index, int (&q)[3]) const {
+  // Place of pixel number `index` in the padded input; false if it does not count.
+  __device__ bool pixel(int index, int (&q)[3]) const {
     int part = core ? 3 : 0;
     while (part < 2 && index >= pixels(part)) index -= pixels(part++);
 #pragma unroll
@@ -60,6 +71,8 @@ struct ShiftedRegion {
       const bool behind = i == part && at >= axis[i].core - axis[i].window;
       q[i] = (i < part ? axis[i].core : axis[i].window) + at + (behind ? axis[i].core_length : 0);
     }
+    q[2] -= lead;
+    return core == 0 || (q[2] >= axis[2].core && q[2] < axis[2].core + axis[2].core_length);
   }
 };
 

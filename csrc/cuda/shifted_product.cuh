@@ -72,8 +72,9 @@ struct ShiftedItem {
     }
     channels = shape.channels + (choice.zero ? shape.ones : 0);
     same = choice.zero && ti == tj;
+    region.fill_up(conv, rows.run);
     const int64_t pixels = conv.batch * region.pixels();
-    const int64_t per_chunk = ceil_div(ceil_div(pixels, choice.chunks), 32) * 32;
+    const int64_t per_chunk = ceil_div(ceil_div(pixels, choice.chunks), 64) * 64;
     begin = min(choice.chunk * per_chunk, pixels);
     end = min(begin + per_chunk, pixels);
     partial = rows.partial + static_cast<int64_t>(item) * rows.side * rows.side;
@@ -86,23 +87,28 @@ struct ShiftedItem {
 template <int kDepth>
 struct Pixels {
   static constexpr int kPlaces = 4, kAhead = 2;
-  static constexpr int64_t kPadded = -1, kNone = -2;  // a zero; behind the last one
   static constexpr size_t kSharedBytes = sizeof(int64_t) * kPlaces * 2 * kDepth + sizeof(ShiftedItem);
 
-  int64_t* offsets;  // [kPlaces, 2, kDepth] in shared memory, and the item
+  // An offset in memory, and what the pixel is: one of the image; a zero beside it; none, for the sum of ones either.
+  enum Kind : int { kInside, kPadded, kNone };
+  __device__ static int64_t offset_of(int64_t word) { return word >> 2; }
+  __device__ static Kind kind_of(int64_t word) { return Kind{static_cast<int>(word) & 3}; }
+
+  int64_t* words;  // [kPlaces, 2, kDepth] in shared memory, and the item
   const Conv& conv;
 
   __device__ const ShiftedItem& item() const {
-    return *reinterpret_cast<const ShiftedItem*>(offsets + kPlaces * 2 * kDepth);
+    return *reinterpret_cast<const ShiftedItem*>(words + kPlaces * 2 * kDepth);
   }
   __device__ int64_t* of(int64_t k0, bool second) const {
     const int stage = static_cast<int>(k0 - item().begin) / kDepth;
-    return offsets + (stage % kPlaces * 2 + second) * kDepth;
+    return words + (stage % kPlaces * 2 + second) * kDepth;
   }
   // Of the stage from pixel k0 on.
   __device__ void find(int64_t k0) const {
-    const int t = static_cast<int>(threadIdx.x);
-    if (t < 2 * kDepth) of(k0, t >= kDepth)[t % kDepth] = offset(k0 + t % kDepth, t >= kDepth);
+    for (int t = static_cast<int>(threadIdx.x); t < 2 * kDepth; t += static_cast<int>(blockDim.x)) {
+      of(k0, t >= kDepth)[t % kDepth] = word(k0 + t % kDepth, t >= kDepth);
+    }
   }
   __device__ void find_first() const {
     for (int stage = 0; stage < kAhead; ++stage) find(item().begin + stage * kDepth);
@@ -110,14 +116,14 @@ struct Pixels {
   }
 
  private:
-  __device__ int64_t offset(int64_t pixel, bool second) const {
+  __device__ int64_t word(int64_t pixel, bool second) const {
     const ShiftedItem& own = item();
     if (pixel >= own.end) return kNone;
     const int pixels = own.region.pixels();
     const int64_t image =
         pixel >> 32 == 0 ? static_cast<uint32_t>(pixel) / static_cast<uint32_t>(pixels) : pixel / pixels;
     int q[3];
-    own.region.pixel(static_cast<int>(pixel - image * pixels), q);
+    const bool counts = own.region.pixel(static_cast<int>(pixel - image * pixels), q);
     int64_t at = image * conv.batch_stride;
     bool inside = true;
 #pragma unroll
@@ -126,21 +132,31 @@ struct Pixels {
       inside = pad_position(conv.mode, conv.size[axis], position) && inside;
       at += position * conv.spatial_stride[axis];
     }
-    return inside ? at : kPadded;
+    return at * 4 + (counts ? inside ? kInside : kPadded : kNone);
   }
 };
 
-// The item of this CTA, in shared memory at `offsets`. All threads call.
+// The item of this CTA, in shared memory at `words`. All threads call.
 template <int kDepth>
-__device__ Pixels<kDepth> find_item(const RowsEntry& rows, const Conv& conv, int item, void* offsets) {
-  const Pixels<kDepth> pixels = {static_cast<int64_t*>(offsets), conv};
+__device__ Pixels<kDepth> find_item(const RowsEntry& rows, const Conv& conv, int item, void* words) {
+  const Pixels<kDepth> pixels = {static_cast<int64_t*>(words), conv};
   if (threadIdx.x == 0) {
-    *reinterpret_cast<ShiftedItem*>(pixels.offsets + Pixels<kDepth>::kPlaces * 2 * kDepth) =
+    *reinterpret_cast<ShiftedItem*>(pixels.words + Pixels<kDepth>::kPlaces * 2 * kDepth) =
         ShiftedItem(rows, conv, item);
   }
   __syncthreads();
   return pixels;
 }
+
+// Loads along k begin where `turn` says, so that runs of lanes are sectors of memory.
+template <typename Tile>
+struct PixelSlots : LoadSlots<Tile> {
+  int turn;
+  __device__ int k(int i) const {
+    const int own = LoadSlots<Tile>::k(i);
+    return this->along_k ? (own + turn) & (Tile::kDepth - 1) : own;
+  }
+};
 
 // Brings in channels column0 + ... of a stage's pixels.
 // E: type of the rows where it is known, else void. kFinds: also finds the pixels of the stage after the next.
@@ -150,7 +166,7 @@ struct PixelLoader {
   const Pixels<Tile::kDepth>& pixels;
   int column0;
   bool second;
-  LoadSlots<Tile> slots;
+  PixelSlots<Tile> slots;
 
   template <int kCount>
   __device__ __forceinline__ void load(T (&values)[kCount], int64_t k0, int first) const {
@@ -163,18 +179,20 @@ struct PixelLoader {
  private:
   template <int kCount, typename S>
   __device__ __forceinline__ void load_typed(T (&values)[kCount], int64_t k0, int first, S*) const {
-    const int64_t* const offsets = pixels.of(k0, second);
+    const int64_t* const words = pixels.of(k0, second);
     const int channels = static_cast<int>(pixels.conv.channels), all = pixels.item().channels;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int64_t offset = offsets[slots.k(first + i)];
+      const int64_t word = words[slots.k(first + i)];
       const int channel = column0 + slots.column(first + i);
+      const auto kind = pixels.kind_of(word);
       values[i] = T(0);
       if (channel < channels) {
-        if (offset >= 0) {
-          values[i] = load_as<T>(static_cast<const S*>(rows.data) + offset + channel * pixels.conv.channel_stride);
+        if (kind == pixels.kInside) {
+          const S* const data = static_cast<const S*>(rows.data);
+          values[i] = load_as<T>(data + pixels.offset_of(word) + channel * pixels.conv.channel_stride);
         }
-      } else if (channel < all && offset != pixels.kNone) {
+      } else if (channel < all && kind != pixels.kNone) {
         values[i] = T(1);
       }
     }
@@ -208,7 +226,7 @@ __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kRes
   const ShiftedItem& item = pixels.item();
   if (!item.region.core && item.region.pixels() == 0) return;
   pixels.find_first();
-  const LoadSlots<Tile> slots = {rows.along_k};
+  const PixelSlots<Tile> slots = {{rows.along_k}, 0};
   using Loader = PixelLoader<Tile, T, void, true>;
   const Loader p = {rows, pixels, item.ti * kSide, false, slots}, q = {rows, pixels, item.tj * kSide, true, slots};
   T acc[Tile::kMicro][Tile::kMicro] = {};
@@ -222,12 +240,44 @@ __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kRes
   });
 }
 
-// Partial products of shifted images on tensor cores, see factor_update_mma_kernel.
-// One CTA per (tile, shift or border, chunk); pixels pass through three stages of shared memory.
+// Starts to bring channels column0 + ... of a stage's pixels, which lie along k, into the stage. `channels`: with that
+// of ones.
+template <typename Tile>
+__device__ __forceinline__ void copy_pixels(float* stage, const int64_t* words, const PixelSlots<Tile>& slots,
+                                            const RowsEntry& rows, const Conv& conv, int channels, int column0) {
+  using Slots = PixelSlots<Tile>;
+  using Pixels = Pixels<Tile::kDepth>;
+  const float* const data = static_cast<const float*>(rows.data);
+  const int own = static_cast<int>(conv.channels) - column0, all = channels - column0;
+  const int64_t step = (slots.column(1) - slots.column(0)) * conv.channel_stride;
+#pragma unroll
+  for (int run = 0; run < Slots::kRuns / Slots::kWarps; ++run) {
+    const int k = slots.k(run * Slots::kPerRun);
+    const auto kind = Pixels::kind_of(words[k]);
+    const bool inside = kind == Pixels::kInside;
+    const float* from = data;
+    if (inside) from += Pixels::offset_of(words[k]) + (column0 + slots.column(0)) * conv.channel_stride;
+#pragma unroll
+    for (int i = 0; i < Slots::kPerRun; ++i) {
+      const int column = slots.column(i);
+      const bool one = column >= own && column < all && kind != Pixels::kNone;
+      const bool copy = column < own && inside;
+      copy_async<4>(stage + Tile::place(k, column), one ? &rows.one : copy ? from : data, one || copy);
+      from += step;
+    }
+  }
+}
+
+// Long stages: of a run of pixels that starts anywhere in memory, a sector is read in vain.
 template <typename E, int kSide>
-__global__ void __launch_bounds__(MmaTile<E, kSide>::kThreads, MmaTile<E, kSide>::kResident)
+using ShiftedTile = MmaTile<E, kSide, 4>;
+
+// Partial products of shifted images on tensor cores, see factor_update_mma_kernel.
+// One CTA per (tile, shift or border, chunk); pixels pass through two stages of shared memory.
+template <typename E, int kSide>
+__global__ void __launch_bounds__(ShiftedTile<E, kSide>::kThreads, ShiftedTile<E, kSide>::kResident)
     shifted_gram_mma_kernel(RowsTables tables, int count, float* partials) {
-  using Tile = MmaTile<E, kSide>;
+  using Tile = ShiftedTile<E, kSide>;
   const int owner = find_owner(tables.first, count, static_cast<int>(blockIdx.x));
   const RowsEntry& rows = tables.entries[owner];
   E* const p = shared_memory<E>();
@@ -241,22 +291,35 @@ __global__ void __launch_bounds__(MmaTile<E, kSide>::kThreads, MmaTile<E, kSide>
 
   const auto fill_operand = [&](E* stage, int tile, bool second, int64_t k0) {
     const Conv& conv = pixels.conv;
-    const int64_t* const offsets = pixels.of(k0, second);
+    const int64_t* const words = pixels.of(k0, second);
+    const auto offset = [&](int k) { return pixels.offset_of(words[k]); };
+    const auto kind = [&](int k) { return pixels.kind_of(words[k]); };
     const E* const data = static_cast<const E*>(rows.data);
     const int column0 = tile * kSide, channels = static_cast<int>(conv.channels);
-    const LoadSlots<Tile> slots = {rows.along_k};
     if (rows.vectors) {
       copy_vectors<Tile>(
           stage, data, column0, channels, item.channels > channels,
-          [&](int k) { return offsets[k] >= 0 ? data + offsets[k] : nullptr; },
-          [&](int k) { return offsets[k] == pixels.kNone ? 0.0f : 1.0f; });
-    } else if constexpr (sizeof(E) == sizeof(float)) {
+          [&](int k) { return kind(k) == pixels.kInside ? data + offset(k) : nullptr; },
+          [&](int k) { return kind(k) == pixels.kNone ? 0.0f : 1.0f; });
+      return;
+    }
+    PixelSlots<Tile> slots = {{rows.along_k}, 0};
+    // Where the thread's first channel of the first pixel lies within its sector.
+    const int64_t first = offset(0) + (column0 + slots.column(0)) * conv.channel_stride;
+    slots.turn = -static_cast<int>(reinterpret_cast<uintptr_t>(data + first) / sizeof(E)) & (Tile::kRun - 1);
+    if constexpr (sizeof(E) == sizeof(float)) {
       const float* const numbers = static_cast<const float*>(rows.data);
-      copy_elements<Tile>(reinterpret_cast<float*>(stage), slots, numbers, [&](int k, int c) -> const float* {
-        const int64_t offset = offsets[k];
+      float* const to = reinterpret_cast<float*>(stage);
+      if (rows.along_k) {
+        copy_pixels<Tile>(to, words, slots, rows, conv, item.channels, column0);
+        return;
+      }
+      copy_elements<Tile>(to, slots, numbers, [&](int k, int c) -> const float* {
         const int channel = column0 + c;
-        if (channel < channels) return offset >= 0 ? numbers + offset + channel * conv.channel_stride : nullptr;
-        return channel < item.channels && offset != pixels.kNone ? &rows.one : nullptr;
+        if (channel < channels) {
+          return kind(k) == pixels.kInside ? numbers + offset(k) + channel * conv.channel_stride : nullptr;
+        }
+        return channel < item.channels && kind(k) != pixels.kNone ? &rows.one : nullptr;
       });
     } else {
       const PixelLoader<Tile, float, E, false> loader = {rows, pixels, column0, second, slots};

@@ -178,19 +178,22 @@ struct Tile {
 };
 
 // Where a thread's loads go: along the columns of the operand (coalesced for row-major data), or along k, where a warp
-// takes kRun rows of 32 / kRun columns.
+// takes kRun rows of 32 / kRun columns; with fewer warps than runs each takes several, one after the other.
 template <typename Tile>
 struct LoadSlots {
   bool along_k;
-  static constexpr int kAcross = kWarpSize / Tile::kRun, kWarps = Tile::kDepth / Tile::kRun;
+  static constexpr int kAcross = kWarpSize / Tile::kRun, kRuns = Tile::kDepth / Tile::kRun;
+  static constexpr int kWarps = std::min(kRuns, Tile::kThreads / kWarpSize);  // side by side along k
+  static constexpr int kPerRun = Tile::kLoads * kWarps / kRuns;               // loads with the same k
   __device__ int k(int i) const {
     const int t = static_cast<int>(threadIdx.x);
-    return along_k ? t % Tile::kRun + t / kWarpSize % kWarps * Tile::kRun
+    return along_k ? t % Tile::kRun + (t / kWarpSize % kWarps + i / kPerRun * kWarps) * Tile::kRun
                    : t / Tile::kSide + i * (Tile::kThreads / Tile::kSide);
   }
   __device__ int column(int i) const {
     const int t = static_cast<int>(threadIdx.x);
-    return along_k ? t / Tile::kRun % kAcross + t / kWarpSize / kWarps * kAcross + i * (Tile::kThreads / Tile::kDepth)
+    return along_k ? t / Tile::kRun % kAcross + t / kWarpSize / kWarps * kAcross +
+                         i % kPerRun * (Tile::kThreads / (kWarps * Tile::kRun))
                    : t % Tile::kSide;
   }
 };
