@@ -27,12 +27,14 @@ inline bool matrix_tiles_apply(const Rows& rows) {
 
 inline int64_t column_tiles(int64_t n) { return ceil_div(n, kTileSide); }
 
-// Steps of kTileDepth rows packed at a time: two column tiles fit the first-level cache, all of them the second-level
-// cache beside the sums.
+// Steps of kTileDepth rows packed at a time: two column tiles in both forms fit the first-level cache, all of them the
+// second-level cache beside the sums. With several parts half of that counts for nothing against longer products
+// between the additions to the sum.
 constexpr int64_t kFirstLevelSteps = 16;
 constexpr int64_t kPackedTiles = 768;
 inline int64_t tile_steps(int64_t n, int parts) {
-  return max(1, min(kFirstLevelSteps, kPackedTiles / max(1, column_tiles(n))) / parts);
+  const int64_t steps = parts == 1 ? kFirstLevelSteps / 2 : kFirstLevelSteps;
+  return max(1, min(steps, kPackedTiles / max(1, column_tiles(n))) / parts);
 }
 
 // A chunk of X in the form of a right operand, all of it, and of a left one, a pair of column tiles.
@@ -60,24 +62,56 @@ constexpr __mmask8 kWhole8 = 0xff;
 constexpr __mmask16 kWhole16 = 0xffff;
 
 // One step of two column tiles, `next` words apart, from bfloat16 rows. Elements k and k + 16 of a column make a word,
-// as in split_float.h.
-inline void pack_bfloat16(const uint16_t* x, int64_t row_stride, int64_t depth, int64_t columns, bool bias,
-                          int32_t* words, int64_t next, bool both) {
-  const auto inside = static_cast<__mmask32>(columns >= 32 ? 0xffffffff : columns <= 0 ? 0 : (1u << columns) - 1);
-  const auto ones = static_cast<__mmask32>(bias ? 1u << columns : 0u);
-  // Halves of lanes so that interleaving them leaves the columns in order.
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  const auto row_at = [=](int64_t k) {
-    if (k >= depth) return _mm512_setzero_si512();
-    const uint16_t* row = x + k * row_stride;
-    _mm_prefetch(reinterpret_cast<const char*>(row + kTileDepth * row_stride), _MM_HINT_T0);
-    const __m512i line = _mm512_mask_mov_epi16(_mm512_maskz_loadu_epi16(inside, row), ones, _mm512_set1_epi16(0x3f80));
-    return _mm512_maskz_permutexvar_epi64(kWhole8, order, line);
+// as in split_float.h. kWhole: 32 columns; else those of `inside` and a one at `ones`.
+template <bool kWhole, bool kAhead>
+inline void pack_bfloat16(const uint16_t* x, int64_t row_stride, __mmask32 inside, __mmask32 ones, int32_t* words,
+                          int64_t next, bool both) {
+  alignas(64) static constexpr uint16_t kFirst[kTileDepth] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                              37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                              11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(kFirst), one = _mm512_set1_epi16(0x3f80);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(kTileSide));
+  const auto line = [=](const uint16_t* row) {
+    if (kWhole) return _mm512_loadu_si512(row);
+    return _mm512_mask_mov_epi16(_mm512_maskz_loadu_epi16(inside, row), ones, one);
   };
+  const int64_t half = kTileSide * row_stride;
   for (int64_t pair = 0; pair < kTileSide; ++pair) {
-    const __m512i low = row_at(pair), high = row_at(pair + kTileSide);
-    _mm512_store_si512(words + pair * kTileSide, _mm512_unpacklo_epi16(low, high));
-    if (both) _mm512_store_si512(words + next + pair * kTileSide, _mm512_unpackhi_epi16(low, high));
+    if (kAhead) {
+      __builtin_prefetch(x + 2 * half);
+      __builtin_prefetch(x + 3 * half);
+    }
+    const __m512i low = line(x), high = line(x + half);
+    _mm512_store_si512(words, _mm512_permutex2var_epi16(low, first, high));
+    if (both) _mm512_store_si512(words + next, _mm512_permutex2var_epi16(low, second, high));
+    x += row_stride, words += kTileSide;
+  }
+}
+
+// One step of all column tiles.
+inline void pack_bfloat16(const Rows& rows, int64_t begin, int64_t depth, int32_t* words, int64_t next) {
+  const int64_t n = rows.d + rows.bias;
+  for (int64_t column = 0; column < n; column += 2 * kTileSide) {
+    const uint16_t* x = static_cast<const uint16_t*>(rows.data) + begin * rows.row_stride + column;
+    int32_t* const to = words + column / kTileSide * next;
+    const int64_t count = rows.d - column;
+    const bool both = column + kTileSide < n;
+    const auto inside = static_cast<__mmask32>(count >= 32 ? 0xffffffff : (1u << count) - 1);
+    const auto ones = static_cast<__mmask32>(rows.bias && count < 32 ? 1u << count : 0);
+    if (depth < kTileDepth) {
+      alignas(64) uint16_t copy[kTileDepth * kTileDepth];
+      for (int64_t k = 0; k < kTileDepth; ++k) {
+        const __m512i row =
+            k < depth ? _mm512_maskz_loadu_epi16(inside, x + k * rows.row_stride) : _mm512_setzero_si512();
+        const auto one = static_cast<__mmask32>(k < depth ? ones : 0);
+        _mm512_store_si512(copy + k * kTileDepth, _mm512_mask_mov_epi16(row, one, _mm512_set1_epi16(0x3f80)));
+      }
+      pack_bfloat16<true, false>(copy, kTileDepth, inside, ones, to, next, both);
+    } else if (count >= 32) {
+      pack_bfloat16<true, true>(x, rows.row_stride, inside, ones, to, next, both);
+    } else {
+      pack_bfloat16<false, true>(x, rows.row_stride, inside, ones, to, next, both);
+    }
   }
 }
 
@@ -99,12 +133,7 @@ template <int kParts>
 inline void pack_step(const Rows& rows, int64_t first, int64_t depth, int32_t* words, int64_t next) {
   const int64_t n = rows.d + rows.bias;
   if (kParts == 1 && rows.conv == nullptr && rows.col_stride == 1) {
-    const uint16_t* x = static_cast<const uint16_t*>(rows.data) + first * rows.row_stride;
-    for (int64_t begin = 0; begin < n; begin += 2 * kTileSide) {
-      const bool bias = rows.bias && rows.d - begin < 2 * kTileSide;
-      pack_bfloat16(x + begin, rows.row_stride, depth, rows.d - begin, bias, words + begin / kTileSide * next, next,
-                    begin + kTileSide < n);
-    }
+    pack_bfloat16(rows, first, depth, words, next);
     return;
   }
   int64_t packed = 0;  // columns
@@ -153,6 +182,7 @@ inline void transpose_words(const int32_t* in, int32_t* out) {
 }
 
 // Products of blocks of up to 2 x 2 tiles on their way into the sum: a block's are added while the next is multiplied.
+// Those of one part, which take a sixth of the time, are too quick for that and start from the sum.
 class TileSums {
  public:
   TileSums(float* sum, int64_t ld) : sum_(sum), ld_(ld) {}
@@ -162,13 +192,20 @@ class TileSums {
   void multiply(int64_t steps, SplitOperand left, SplitOperand right, int64_t row, int64_t column, bool assign) {
     float* to = sum_ + row * kTileSide * ld_ + column * kTileSide;
     const int64_t rows = ceil_div(kSplitSide, max(1, steps));  // no steps: no rows at all
-    multiply_split<R, C, kParts>(steps, left, right, true, out_[current_], kSplitSide, [&](int64_t step) {
+    const auto ask = [&](float* block, int64_t step) {
       for (int64_t r = step * rows; r < min((step + 1) * rows, R * kTileSide); ++r) {
-        __builtin_prefetch(to + r * ld_, 1);
-        if (C > 1) __builtin_prefetch(to + r * ld_ + kTileSide, 1);
+        __builtin_prefetch(block + r * ld_, 1);
+        if (C > 1) __builtin_prefetch(block + r * ld_ + kTileSide, 1);
       }
-      add(rows);
       return NothingAhead{};
+    };
+    if constexpr (kParts == 1) {
+      return multiply_split<R, C, 1>(steps, left, right, assign, to, ld_,
+                                     [&](int64_t step) { return ask(to + C * kTileSide, step); });
+    }
+    multiply_split<R, C, kParts>(steps, left, right, true, out_[current_], kSplitSide, [&](int64_t step) {
+      add(rows);
+      return ask(to, step);
     });
     finish();
     waiting_ = {to, R * kTileSide, C > 1, assign};
