@@ -81,8 +81,19 @@ def nesterov(model: nn.Module, setting: Setting, updates: int) -> Trainer:
     return Scheduled(SGD(model.parameters(), **setting, nesterov=True), updates)
 
 
-def kfac(model: nn.Module, setting: Setting, updates: int) -> Trainer:
-    return Scheduled(KFAC(model, **setting, factor_fraction=1 / 4, inverse_every=1), updates)
+class ScheduledKFAC(Scheduled):
+    """K-FAC under the same schedule; with ``damping_end`` λ falls to that by the same factor in every update."""
+
+    def __init__(self, model: nn.Module, setting: Setting, updates: int) -> None:
+        options = dict(setting)
+        first = options["damping"]
+        self.falls = (options.pop("damping_end", first) / first) ** (1 / updates)
+        super().__init__(KFAC(model, **options, factor_fraction=1 / 4, inverse_every=1), updates)
+
+    def update(self, k: int, closure: Callable[[], Tensor], evaluate: Callable[[], Tensor]) -> None:
+        for group in self.optimizers[0].param_groups:
+            group["damping"] *= self.falls
+        super().update(k, closure, evaluate)
 
 
 class AdaptiveKFAC(Trainer):
@@ -134,13 +145,21 @@ PROBLEMS = {
                     adamw,
                     300,
                     grid(lr=(0.002, 0.004, 0.008, 0.016, 0.032), beta2=(0.99, 0.999), weight_decay=(0.01,))
-                    + grid(lr=(0.016,), beta2=(0.99,), weight_decay=(0.1, 0.3)),
+                    + grid(lr=(0.016,), beta2=(0.99,), weight_decay=(0.1, 0.3))
+                    + grid(lr=(0.011, 0.023), beta2=(0.99, 0.999), weight_decay=(0.01, 0.1, 0.3)),
                 ),
                 Contender(
                     "K-FAC",
-                    kfac,
+                    ScheduledKFAC,
                     150,
-                    grid(lr=(0.3,), damping=(0.0003, 0.001, 0.003), kl_clip=(0.001, 0.003), weight_decay=(0.0, 0.03)),
+                    grid(lr=(0.3,), damping=(0.0003, 0.001, 0.003), kl_clip=(0.001, 0.003), weight_decay=(0.0, 0.03))
+                    + grid(
+                        lr=(0.3,),
+                        damping=(0.001,),
+                        damping_end=(1e-5, 1e-6, 1e-7),
+                        kl_clip=(0.001, 0.003),
+                        weight_decay=(0.0, 0.03),
+                    ),
                 ),
                 Contender("K-FAC, adaptive", AdaptiveKFAC, 150, grid(t3=(1, 5))),
             ),
@@ -161,7 +180,10 @@ PROBLEMS = {
                     + grid(lr=(0.1, 0.3), momentum=(0.7,)),
                 ),
                 Contender(
-                    "K-FAC", kfac, 150, grid(lr=(0.3,), damping=(0.001, 0.003, 0.01), kl_clip=(0.001, 0.003, 0.01))
+                    "K-FAC",
+                    ScheduledKFAC,
+                    150,
+                    grid(lr=(0.3,), damping=(0.001, 0.003, 0.01), kl_clip=(0.001, 0.003, 0.01)),
                 ),
             ),
         ),
