@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_choice, check_count, check_range
+from .adaptive_constants import CALIBRATION, OMEGA, SETTLING, Adaptive
 from .loss_check import LossCheck
 from .passes import Surroundings, unnoticed
 from .preconditioner import ALWAYS_INVERT_FIRST, Preconditioner
@@ -29,47 +28,6 @@ Closure = Callable[[], Tensor]
 
 # Fewer examples miss directions in which the loss is curved, and a step along them then throws the model far off.
 LEAST_EXAMPLES = 200
-
-# λ tried by damping="auto", from safe to bold.
-CALIBRATION = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5)
-
-
-@dataclass(frozen=True)
-class Adaptive:
-    """Constants of the adaptive rule (sec. 6.5, 6.6, 8, Algorithm 2); where a default is not the paper's it says why.
-
-    Attributes:
-        t1: Steps between adjustments of λ.
-        t2: Steps between searches for γ.
-        t3: Steps between updates of the inverses; the first three steps always update them. The paper has 20. Here
-            inverses are cheap beside a pass over a large batch, and fresh ones make each step worth more.
-        momentum: Whether the last step is part of the next one.
-        product_fraction: Part of the batch for products with the exact Fisher (τ₂), of 200 examples at least.
-        gamma: "search" tries γ and its neighbours every t2 steps (sec. 6.6); "sqrt" keeps γ = √(λ+η) (sec. 6.3)
-            and tries none. On CURVES searching ends lower for each of three seeds: 40.6 against 41.5 on average after
-            300 steps (docs/convergence.md).
-        gamma_max: Upper end of the search. The paper has none; with products on part of a batch it can run off.
-        averaging: Largest weight of the old average of the iterates, in [0, 1) (the paper has 0.99), or None for no
-            average.
-    """
-
-    t1: int = 5
-    t2: int = 20
-    t3: int = 5
-    momentum: bool = True
-    product_fraction: float = 0.25
-    gamma: str = "search"
-    gamma_max: float = 100.0
-    averaging: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("t1", "t2", "t3"):
-            check_count(name, getattr(self, name))
-        check_range("product_fraction", self.product_fraction, above=0.0, at_most=1.0)
-        check_choice("gamma", self.gamma, ("search", "sqrt"))
-        check_range("gamma_max", self.gamma_max, above=0.0)
-        if self.averaging is not None:
-            check_range("averaging", self.averaging, at_least=0.0, below=1.0)
 
 
 class AdaptiveRule:
@@ -94,6 +52,7 @@ class AdaptiveRule:
         self.preconditioner = preconditioner
         self.config = config
         self.calibrated = not isinstance(damping, str)
+        self.settles = isinstance(damping, str)  # whether λ is to come down faster at first
         self.damping = CALIBRATION[0] if isinstance(damping, str) else damping
         self.weight_decay = weight_decay
         self.gamma = self._balanced_gamma()
@@ -215,7 +174,7 @@ class AdaptiveRule:
 
     def _invert(self) -> None:
         """New inverses."""
-        if self.config.gamma == "sqrt":
+        if self.config.gamma == "sqrt" or self._settling:
             self.gamma = self._balanced_gamma()
         self._update_inverses(self.gamma)
 
@@ -331,11 +290,16 @@ class AdaptiveRule:
         if not math.isfinite(after) or not ratio >= 0.25:
             self._grow_damping()
         elif ratio > 0.75:
-            self.damping *= self._omega()
+            self.damping *= SETTLING**self.config.t1 if self._settling else self._omega()
         return math.isfinite(after)
 
     def _omega(self) -> float:
-        return (19 / 20) ** self.config.t1
+        return OMEGA**self.config.t1
+
+    @property
+    def _settling(self) -> bool:
+        """Whether this step is one of `Adaptive.settle`."""
+        return self.settles and self.preconditioner.steps <= self.config.settle
 
     def _grow_damping(self) -> None:
         self.damping /= self._omega()
@@ -364,6 +328,7 @@ class AdaptiveRule:
             "damping": self.damping,
             "gamma": self.gamma,
             "calibrated": self.calibrated,
+            "settles": self.settles,
             "rejected": self.rejected,
             "last": self.last.data.clone(),
             "average": None if self.average is None else self.average.data.clone(),
@@ -373,6 +338,7 @@ class AdaptiveRule:
         """Restores `state`."""
         self.damping, self.gamma = state["damping"], state["gamma"]
         self.calibrated, self.rejected = state["calibrated"], state["rejected"]
+        self.settles = bool(state["settles"])  # a checkpoint may be older than it
         self.last.data.copy_(state["last"])
         self._has_last = bool(self.last.data.any())
         if self.average is not None and state["average"] is not None:

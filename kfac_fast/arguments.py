@@ -38,9 +38,9 @@ def check_range(
         raise ValueError(f"{name} must be a number {' and '.join(bounds) or 'that is finite'}, got {name}={value!r}")
 
 
-def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {name}={value!r}")
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {name}={value!r}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

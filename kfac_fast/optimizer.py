@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adaptive import CALIBRATION, Adaptive, AdaptiveRule
+from .adaptive import AdaptiveRule
+from .adaptive_constants import CALIBRATION, Adaptive
 from .arguments import check_group, check_range
 from .collectives import local
 from .distributed import Distributed

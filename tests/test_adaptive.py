@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fast import KFAC, Adaptive, Gaussian
-from kfac_fast.adaptive import CALIBRATION, AdaptiveRule
+from kfac_fast.adaptive import AdaptiveRule
+from kfac_fast.adaptive_constants import CALIBRATION
 from kfac_fast.quadratic import Minimum, minimise_in_span
 
 DOUBLE = torch.float64
@@ -214,6 +215,37 @@ def test_calibration_climbs_from_the_middle(best: float, monkeypatch: pytest.Mon
     assert torch.equal(flat(model), before)
 
 
+@pytest.mark.parametrize("auto", [True, False])
+def test_lambda_settles_after_calibration(auto: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By 0.7 a step up to ``settle``, with γ = √λ, and by 19/20 after that; a λ of the user's by 19/20 at once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    config = Adaptive(t1=5, t2=100, settle=10)
+    optimizer = KFAC(model, adaptive=config, damping="auto" if auto else 0.5)
+    rule = optimizer.rule
+
+    def calibrate(self: AdaptiveRule, *_: object) -> None:
+        self.damping, self.calibrated = 0.5, True
+
+    def loss_now(self: AdaptiveRule, closure: object, evaluate: object) -> float:
+        return self.stats["loss"] + self.stats["model_change"]  # ρ = 1
+
+    monkeypatch.setattr(AdaptiveRule, "_calibrate", calibrate)
+    monkeypatch.setattr(AdaptiveRule, "_loss_now", loss_now)
+    train(model, optimizer, range(4))
+    assert rule.damping == 0.5
+    fast, slow = 0.7**5, 0.95**5
+    expected = [0.5 * fast, 0.5 * fast**2, 0.5 * fast**2 * slow] if auto else [0.5 * slow**i for i in (1, 2, 3)]
+    for i, damping in enumerate(expected):
+        train(model, optimizer, range(4 + 5 * i, 9 + 5 * i))
+        assert rule.damping == pytest.approx(damping)
+        if auto:  # γ came with the inverses of the steps after 5 and 10
+            assert rule.gamma == pytest.approx(math.sqrt(expected[min(i, 1)]))
+        resumed = KFAC(copy.deepcopy(model), adaptive=config, damping=1.0)
+        resumed.load_state_dict(optimizer.state_dict())
+        assert resumed.rule.settles is auto
+
+
 def test_measuring_a_step_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers and generators know of one pass a step; both losses of a step have the same dropout mask."""
     states, counts = [], []
@@ -323,6 +355,7 @@ def test_a_nan_batch_changes_nothing_but_the_damping() -> None:
         (lambda m: KFAC(m, adaptive=True, maximize=True), ValueError, "maximize=False"),
         (lambda m: KFAC(m, adaptive=True).step(lambda: torch.ones(())), RuntimeError, "the closure must run the model's forward"),
         (lambda m: Adaptive(t1=0), ValueError, "t1 must be an integer >= 1, got t1=0"),
+        (lambda m: Adaptive(settle=-1), ValueError, "settle must be an integer >= 0, got settle=-1"),
         (lambda m: Adaptive(gamma="fixed"), ValueError, "gamma must be one of 'search', 'sqrt'"),
         (lambda m: KFAC(m.to(torch.bfloat16), adaptive=True), ValueError, "adaptive needs all parameters in torch.float32, got one in torch.bfloat16"),
         (lambda m: KFAC(m).averaged(), RuntimeError, "no average is kept"),

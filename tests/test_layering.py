@@ -13,7 +13,7 @@ PACKAGE = ROOT / "kfac_fast"
 
 # A stage imports only what stands before it.
 ORDER = [
-    "_C", "ops", "arguments", "layers", "report", "likelihoods", "models", "passes", "sequence", "products", "chain", "hooks", "graph", "kept", "tape", "recorder", "sender", "own_pass", "capture", "collectives", "distributed", "statistics", "factors", "inverses", "notices", "approximations", "sampler", "sharing", "checkpoint", "preconditioner", "vectors", "quadratic", "loss_check", "adaptive", "joining", "update", "optimizer_state", "optimizer",
+    "_C", "ops", "arguments", "layers", "report", "likelihoods", "models", "passes", "sequence", "products", "chain", "hooks", "graph", "kept", "tape", "recorder", "sender", "own_pass", "capture", "collectives", "distributed", "statistics", "factors", "inverses", "notices", "approximations", "sampler", "sharing", "checkpoint", "preconditioner", "vectors", "quadratic", "loss_check", "adaptive_constants", "adaptive", "joining", "update", "optimizer_state", "optimizer",
     "diagnostics", "plot",
 ]  # fmt: skip
 FREE = {"__init__", "__main__", "batches", "data"}

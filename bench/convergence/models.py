@@ -100,7 +100,7 @@ class AdaptiveKFAC(Trainer):
     """K-FAC that sets itself: only what is in the setting is chosen."""
 
     def __init__(self, model: nn.Module, setting: Setting, updates: int) -> None:
-        config = Adaptive(gamma="sqrt", t3=int(setting["t3"]))
+        config = Adaptive(gamma="sqrt", settle=int(setting["settle"]))
         self.kfac = KFAC(model, adaptive=config, factor_fraction=1 / 4)
         super().__init__(self.kfac)
 
@@ -161,7 +161,7 @@ PROBLEMS = {
                         weight_decay=(0.0, 0.03),
                     ),
                 ),
-                Contender("K-FAC, adaptive", AdaptiveKFAC, 150, grid(t3=(1, 5))),
+                Contender("K-FAC, adaptive", AdaptiveKFAC, 150, grid(settle=(0, 30))),
             ),
         ),
         Problem(
