@@ -112,7 +112,8 @@ class Factors(Store):
             self.flush()
 
     def cast(self, rows: Tensor) -> Tensor:
-        """Rows in a dtype that the factors take: float32 factors take half precision as it is, float64 has to agree."""
+        """Rows as the factors take them: dense; in half precision for float32 factors too, float64 has to agree."""
+        rows = rows if rows.layout == torch.strided else rows.to_dense()
         narrow = rows.dtype != torch.float64
         return rows if narrow == (self.running.dtype != torch.float64) else rows.to(self.running.dtype)
 

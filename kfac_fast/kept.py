@@ -145,7 +145,7 @@ class Watch:
         given = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
         found: dict[int, tuple[GradientEdge, _Saved]] = {}
         for place, x in enumerate(inputs):
-            argument = next((a for a in given if isinstance(x, Tensor) and a.is_set_to(x)), None)
+            argument = next((a for a in given if isinstance(x, Tensor) and _is_same(a, x)), None)
             if argument is not None:
                 edge = get_gradient_edge(argument)
                 saved = next((s for t, s in self._noted if t.numel() == x.numel() and _is_copy(t, edge)), None)
@@ -173,6 +173,11 @@ def _unpack(saved: _Saved) -> Tensor:
     for awaited, place in saved.awaited:
         awaited.receive(place, value)
     return value
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same place."""
+    return one.layout == other.layout == torch.strided and one.device == other.device and one.is_set_to(other)
 
 
 def _is_copy(tensor: Tensor, edge: GradientEdge) -> bool:

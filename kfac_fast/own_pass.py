@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ class OwnPass:
                 f"factor_fraction={self._fraction:g} needs a model input whose first dimension is the batch, like "
                 f"the outputs' ({inputs.size}); pass factor_fraction=1"
             )
-        return inputs.part(self._fraction, self.count)
+        with self._explained():
+            return inputs.part(self._fraction, self.count)
 
     def _places(self, values: Values) -> dict[int, tuple[int, Layer]] | None:
         """Number and layer by position of the module, if all layers are there and `Values.pull_back` serves."""
@@ -120,7 +122,7 @@ class OwnPass:
         # To the end, since a checkpoint runs parts of the model once more in the backward pass.
         with unnoticed(self._model), self._recorder.in_parts():
             with torch.enable_grad(), self._recorder.onto(tape):
-                outputs = self._find_outputs(self._run(inputs))
+                outputs = self._outputs(inputs)
             self._recorder.look_for_other_uses(tape, outputs)
             called = set(tape.called())
             for i in tape.hidden:
@@ -131,15 +133,26 @@ class OwnPass:
             self._sender.send(tape, outputs, outputs.detach(), gradient, counted)
         return tape.reached
 
-    def _run(self, inputs: ModelInputs) -> Any:
+    def _outputs(self, inputs: ModelInputs) -> Tensor:
+        """Of the model, for these inputs."""
+        with self._explained():
+            outputs = self._find_outputs(inputs.run(self._model))
+            if len(outputs) != inputs.size:
+                raise ValueError(f"there are {len(outputs)} outputs for {inputs.size} examples")
+            return outputs
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Inside, what goes wrong with a part of the batch is raised with the remedy."""
         try:
-            return inputs.run(self._model)
+            yield
         except Exception as error:
             if self._fraction == 1:
                 raise
             raise RuntimeError(
-                f"the model failed on {inputs.size} examples of the batch, for K-FAC's statistics: {error}. Where "
-                f"examples depend on each other pass factor_fraction=1, not {self._fraction:g}"
+                f"the model did not take the part of the batch that K-FAC's statistics come from "
+                f"(factor_fraction={self._fraction:g}). Where examples depend on each other, or are not entries of "
+                f"tensors, pass factor_fraction=1. The error was: {str(error)[:200]}"
             ) from error
 
     def trace(self, inputs: ModelInputs) -> Trace:

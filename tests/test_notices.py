@@ -163,13 +163,48 @@ def test_a_model_whose_examples_depend_on_each_other_needs_the_whole_batch() -> 
 
     model = Graph()
     pre = exact(model, factor_fraction=0.5)
-    with pytest.raises(RuntimeError, match=r"failed on 4 examples .* pass factor_fraction=1, not 0.5"):
-        half_square(model(torch.randn(8, 3), torch.eye(8))).backward()
+    for adjacency in (torch.eye(8), torch.eye(8).to_sparse()):
+        with pytest.raises(
+            RuntimeError, match=r"did not take the part .*factor_fraction=0\.5.* pass factor_fraction=1\."
+        ):
+            half_square(model(torch.randn(8, 3), adjacency)).backward()
     pre.close()
     pre = exact(model)
     half_square(model(torch.randn(8, 3), torch.eye(8))).backward()
     pre.step()
     assert bool(pre.factors.updates.all())
+
+
+def test_examples_that_are_not_entries_of_a_tensor_need_the_whole_batch() -> None:
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, sequences: list[Tensor]) -> Tensor:
+            return torch.stack([self.layer(x).mean(0) for x in sequences])
+
+    model, batch = Ragged(), [torch.randn(length, 3) for length in range(1, 9)]
+    pre = exact(model, factor_fraction=0.5)
+    with pytest.raises(RuntimeError, match=r"pass factor_fraction=1\..* there are 8 outputs for 4 examples"):
+        half_square(model(batch)).backward()
+    pre.close()
+    pre = exact(model)
+    half_square(model(batch)).backward()
+    pre.step()
+    assert bool(pre.factors.updates.all())
+
+
+def test_sparse_inputs_have_the_factors_of_dense_ones() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double(), torch.eye(6, 4).double()
+    found = []
+    for inputs in (x, x.to_sparse()):
+        pre = exact(model)
+        half_square(model(inputs)).backward()
+        pre.step()
+        pre.close()
+        found.append(pre.factors.running.data)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
