@@ -155,10 +155,10 @@ cudaError_t run(const DampedInverse& op, const Context& ctx) {
                                          op.info,
                                          op.retry_failed,
                                          op.nan_on_failure};
+  const bool tensor_cores = three_tf32_products_pay(compute_capability(ctx.device));
   cudaError_t error = layout.arena.upload(ctx.stream);
   if (error == cudaSuccess && layout.global.count > 0) {
-    error = launch_global_class(arguments, layout.global, layout.arena,
-                                three_tf32_products_pay(compute_capability(ctx.device)), ctx.stream);
+    error = launch_global_class(arguments, layout.global, layout.arena, tensor_cores, ctx.stream);
   }
   for (int c = Classes::kBlock; c < Classes::kCount && error == cudaSuccess; ++c) {
     const int begin = layout.classes.begin[c], count = layout.classes.count(c);
@@ -175,7 +175,7 @@ cudaError_t run(const DampedInverse& op, const Context& ctx) {
         error = launch_warp_class<T, 32>(arguments, entries, count, ctx.stream);
         break;
       default:
-        error = launch_block_class(arguments, entries, count, layout.entries[begin].size, ctx.stream);
+        error = launch_block_class(arguments, entries, count, layout.entries[begin].size, tensor_cores, ctx.stream);
     }
   }
   return error;

@@ -20,7 +20,7 @@ from pathlib import Path
 import generated
 from cases import Case, damped_inverse, factor_update, precondition
 from check_resources import CUDA, inspect
-from launches import BF16, F32, ROOT, TF32, Recorder, library
+from launches import BF16, F32, ROOT, TF32, Recorder, contracted, library
 from ptx_device import PtxDevice, ptxsim
 from resource_table import resident
 
@@ -37,7 +37,7 @@ PIVOT_CYCLES = 150  # a shuffle, a reciprocal root and two dependent multiply-ad
 class Block:
     """What one block of threads of a kernel does, on average."""
 
-    instructions: float = 0.0  # of warps, register moves apart
+    instructions: float = 0.0  # of warps, register moves apart, a product and its sum as one
     wavefronts: float = 0.0
     tensor: float = 0.0  # seconds of the whole device's tensor cores
 
@@ -60,7 +60,8 @@ def blocks_of(case: Case, device: PtxDevice) -> dict[str, Block]:
         profile, block = launch.result.profile, totals[launch.kernel]
         grids[launch.kernel] += launch.grid
         executed = (n for key, n in profile.classes.items() if key != "mov" and not key.startswith("mmaflop"))
-        block.instructions += sum(executed) / 32
+        pairs = sum(contracted(classes) * n for classes, n in launch.blocks)
+        block.instructions += (sum(executed) - pairs) / 32
         block.wavefronts += profile.shared_load["wavefronts"] + profile.shared_store["wavefronts"]
         block.tensor += sum(profile.flops.get(key, 0) / rate for key, rate in TENSOR.items())
     device.release()
@@ -96,12 +97,12 @@ def estimate(work: Work, path: Path, device: PtxDevice, registers: dict[str, int
 
 
 def works() -> list[Work]:
-    block, panel = "damped_inverse_block_kernel<float, {}>", "damped_inverse_update_kernel<float, true>"
+    block, panel = "damped_inverse_block_kernel<float, 0>", "damped_inverse_update_kernel<float, true>"
     cholesky = "{} (cuSOLVER potrfBatched, the factorisation alone)"
     return [
         Work(damped_inverse([32] * 1024), damped_inverse([32] * 4), {"damped_inverse_warp_kernel<float, 32>": 32}, 256),
-        Work(damped_inverse([64] * 256), damped_inverse([64]), {block.format(1): 64}, 256),
-        Work(damped_inverse([128] * 64), damped_inverse([128]), {block.format(2): 128}, 64, cholesky.format(174.5)),
+        Work(damped_inverse([64] * 256), damped_inverse([64]), {block: 64}, 256),
+        Work(damped_inverse([128] * 64), damped_inverse([128]), {block: 128}, 64, cholesky.format(174.5)),
         Work(damped_inverse([512] * 64), damped_inverse([512]), {panel: 64}, 64, cholesky.format(1261)),
         Work(damped_inverse([2048] * 64), damped_inverse([512]), {panel: 64}, 64, cholesky.format(22181)),
         *(Work(case, case, {}) for dtype in (F32, TF32, BF16) for case in (factor_update(8192, 513, dtype),)),

@@ -43,6 +43,12 @@ def library(build: Path) -> Path:
     return build / "libkfac_fast_simt.so"
 
 
+def contracted(block: dict[str, int]) -> int:
+    """Pairs of a product and a sum in a basic block that ptxas makes one multiply-add of: PTX that subtracts a product
+    comes as two instructions."""
+    return sum(min(block.get(f"fmul{bits}", 0), block.get(f"fadd{bits}", 0)) for bits in (32, 64))
+
+
 class Recorder:
     """A device that notes launches and runs nothing; its addresses have no memory behind them."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import generated
 from cases import Case, commit, convolution, damped_inverse, factor_update, precondition
-from launches import BF16, F32, ROOT, TF32, Launch, library
+from launches import BF16, F32, ROOT, TF32, Launch, contracted, library
 from ptx_device import PtxDevice, ptxsim
 
 # Cycles that a tensor core is busy with one mma instruction of a warp, from the dense rates of an A100's data sheet:
@@ -57,14 +57,16 @@ def count(launches: list[Launch]) -> dict[str, Counts]:
             c.wavefronts[0] += access["wavefronts"]
             c.wavefronts[1] += access["ideal_wavefronts"]
         for block, executed in launch.blocks:
-            math = sum(block.get(k, 0) for k in _FMA) + sum(block.get(k, 0) * cycles for k, cycles in _CYCLES.items())
+            pairs = contracted(block)
+            math = pairs + sum(block.get(k, 0) for k in _FMA)
+            math += sum(block.get(k, 0) * cycles for k, cycles in _CYCLES.items())
             if math < _INNER:
                 continue
             other = sum(
                 n for k, n in block.items() if k not in (*_FMA, *_CYCLES, "mov") and not k.startswith("mmaflop")
             )
             c.issue[0] += math * executed
-            c.issue[1] += (math + other) * executed
+            c.issue[1] += (math + other - 2 * pairs) * executed
     return kernels
 
 
@@ -80,6 +82,8 @@ CASES = [
     factor_update(1024, 255, F32),  # rows that are not whole vectors
     convolution(8, 16, 16, 3, F32),
     convolution(8, 16, 16, 3, BF16),
+    convolution(8, 32, 32, 3, F32),  # by shifted images
+    convolution(16, 32, 32, 3, BF16),
     damped_inverse([8] * 256),
     damped_inverse([16] * 128),
     damped_inverse([32] * 64),

@@ -34,6 +34,7 @@ def calls() -> list[Case]:
         factor_update(m, n, kind) for kind in (F32, F64, F16, BF16, TF32) for n in (32, 64, 800) for m in (64, 9000)
     ]
     cases += [convolution(8, 16, 16, 3, F32), commit([64]), commit([64], F64)]
+    cases += [convolution(64, channels, 32, 3, kind) for kind in (F32, F64, F16, BF16, TF32) for channels in (16, 64)]
     cases += [precondition([(n, n)], dtype) for dtype in (F32, F64) for n in (32, 128, 600)]
     return cases
 
