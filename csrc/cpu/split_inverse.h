@@ -15,14 +15,13 @@
 
 namespace kfac_fast::cpu::KFAC_FAST_ISA {
 
-constexpr int64_t kMaxSplitSteps = 4;
-constexpr int64_t kMaxSplitDepth = kMaxSplitSteps * kTileDepth;
+constexpr int64_t kMaxSplitSteps = 2;
 constexpr int64_t kSplitNumel = kSplitSide * kSplitSide;
 constexpr int64_t kProductsPerStep = 24;  // six of parts for each of four tiles
 static_assert(kSplitSide == kTileDepth, "a block is one step of depth");
 
-// Blocks of pivots per step. Large steps pass over B less often.
-inline int64_t split_sweep_steps(int64_t n) { return n <= 256 ? 1 : 2; }
+// Blocks of pivots per step. Large steps pass over B less often, which pays from where B leaves the second-level cache.
+inline int64_t split_sweep_steps(int64_t n) { return n <= 512 ? 1 : kMaxSplitSteps; }
 
 inline int64_t split_blocks(int64_t n) { return ceil_div(n, kSplitSide); }
 

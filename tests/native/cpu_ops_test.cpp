@@ -41,7 +41,7 @@ void test_inverse(Tally& tally, const OpTable& table, const Options& options) {
   check_inverse<T>(tally, table, {0, 1, 0}, options.threads);
   check_inverse<T>(tally, table, sizes, options.threads);
   check_inverse<T>(tally, table, std::vector<int32_t>(37, 13), options.threads);  // many alike
-  check_inverse<T>(tally, table, {430, 3, 390}, options.threads);                 // threads within a block
+  check_inverse<T>(tally, table, {540, 3, 390}, options.threads);                 // threads within a block
   for (const int32_t n : {1, 5, 8, 16, 23, 40, 64, 100, 150}) check_failures<T>(tally, table, n, options.threads);
   for (const int32_t n : {20, 100, 150, 290}) {
     for (const int power : {-116, 100}) check_scales<T>(tally, table, n, power);
