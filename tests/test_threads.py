@@ -202,7 +202,7 @@ def test_workspace_is_bounded_by_the_largest_blocks_not_by_their_number() -> Non
         ),
     }
     for name, call in calls.items():
-        few, many = workspace_of(lambda call=call: call(3)), workspace_of(lambda call=call: call(12))
+        few, many = workspace_of(lambda call=call: call(12)), workspace_of(lambda call=call: call(24))
         assert few == many, name
         # Per thread: precondition packs four matrices of a layer; the others keep one block and panels of it.
         assert few <= 2 * (6 * block + (1 << 20)), name

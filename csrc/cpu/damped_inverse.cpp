@@ -1,17 +1,21 @@
 // (C + damping I)^-1 of many blocks: one block per thread, the largest first; where a few large blocks dominate, all
 // threads work inside each of them. Limit: multiply-adds; for n < 64 the chain of pivots.
+#include <cmath>
+
 #include "blocked_inverse.h"
 #include "interleaved_inverse.h"
 #include "kernels.h"
 #include "split_inverse.h"
 #include "support.h"
+#include "team.h"
 
 namespace kfac_fast::cpu::KFAC_FAST_ISA {
 namespace {
 
-// From here on a block is worth the attention of all threads, unless there are several such blocks for each of them.
-constexpr int64_t kTeamSize = 384;
-constexpr int64_t kBlocksPerThread = 4;
+// A block that all threads invert together costs each of them, beside its share, for every row of the block as much
+// time as these multiply-adds: pivots, which one thread finds, and barriers.
+template <typename T>
+constexpr double kTeamCost = kHasMatrixTiles<T> ? 170e3 : 60e3;
 
 // Up to here kLanes blocks are inverted at once, one per vector lane, ...
 constexpr int64_t kInterleavedSize = 64;
@@ -32,11 +36,15 @@ bool is_selected(const DampedInverse& op, int block) { return !op.retry_failed |
 
 // How many of the leading blocks in order of size are inverted by all threads together. Which blocks are selected is
 // ignored: the workspace is sized before `info` is known.
+template <typename T>
 int team_blocks(const Plan& plan, int threads) {
-  if (threads == 1) return 0;
-  int large = 0;
-  while (large < plan.count() && plan.size(plan.by_decreasing_size()[large]) >= kTeamSize) ++large;
-  return large <= kBlocksPerThread * threads ? large : 0;
+  const auto cube = [&](int x) {
+    const double n = x < plan.count() ? static_cast<double>(plan.size(plan.by_decreasing_size()[x])) : 0;
+    return n * n * n;
+  };
+  double total = 0;
+  for (int x = 0; x < plan.count(); ++x) total += cube(x);
+  return team_tasks(threads, total, cube, [](double work) { return kTeamCost<T> * std::cbrt(work); });
 }
 
 template <typename T>
@@ -93,7 +101,8 @@ template <typename T>
 struct Schedule {
   int team, first_small, count;
 
-  Schedule(const Plan& plan, int threads) : team(team_blocks(plan, threads)), first_small(team), count(plan.count()) {
+  Schedule(const Plan& plan, int threads)
+      : team(team_blocks<T>(plan, threads)), first_small(team), count(plan.count()) {
     while (first_small < count && plan.size(plan.by_decreasing_size()[first_small]) > kInterleavedSize) ++first_small;
   }
   int groups() const { return static_cast<int>(ceil_div(count - first_small, kLanes<T>)); }

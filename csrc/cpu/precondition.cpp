@@ -1,18 +1,25 @@
 // U = G^-1 V A^-1 of many layers, as T^T = V^T G^-1 and U = T A^-1. In this form, and because the inverses are
 // symmetric, every operand is packed by copying rows and the first product comes out packed for the second one.
 // Limit: multiply-adds, and packing A^-1 and G^-1 for layers of few rows or columns.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
 #include "direct_precondition.h"
 #include "kernels.h"
 #include "pack.h"
 #include "split_precondition.h"
 #include "support.h"
 #include "symmetric_update.h"
+#include "team.h"
 
 namespace kfac_fast::cpu::KFAC_FAST_ISA {
 namespace {
 
-// A layer of this many multiply-adds is worth the attention of all threads.
-constexpr int64_t kTeamWork = int64_t{1} << 25;
+// Where all threads work on one layer, as much time as this many multiply-adds take, times the root of the layer's,
+// goes to barriers and uneven shares (measured on two threads).
+template <typename T>
+constexpr double kTeamCost = kHasMatrixTiles<T> ? 3e3 : 2.5e3;
 
 // Depth of the products done at a time: a panel of it stays in the first-level cache.
 constexpr int64_t kDepth = 192;
@@ -32,10 +39,35 @@ struct Shape {
     return kHasMatrixTiles<T> && min(m, n) >= kMinSplitSize;
   }
   bool direct() const { return max(m, n) <= kMaxDirectSize; }
-  bool for_team(int threads) const { return threads > 1 && m * n * (m + n) >= kTeamWork; }
+  double work() const { return static_cast<double>(m * n * (m + n)); }  // multiply-adds
 };
 
 Shape shape_of(const Precondition& op, int layer) { return {op.g_plan.size(layer), op.a_plan.size(layer)}; }
+
+// Layers that all threads work on together.
+template <typename T>
+class Team {
+ public:
+  Team(const Precondition& op, int threads) {
+    double total = 0;
+    for (int layer = 0; layer < op.g_plan.count(); ++layer) {
+      const double work = shape_of(op, layer).work();
+      total += work;
+      if (work / threads + cost(work) < work) layers_.push_back(layer);
+    }
+    const auto work = [&](size_t x) { return x < layers_.size() ? shape_of(op, layers_[x]).work() : 0.0; };
+    std::stable_sort(layers_.begin(), layers_.end(),
+                     [&](int32_t x, int32_t y) { return shape_of(op, x).work() > shape_of(op, y).work(); });
+    layers_.resize(team_tasks(threads, total, work, cost));
+  }
+  const std::vector<int32_t>& layers() const { return layers_; }
+  bool has(int32_t layer) const { return std::find(layers_.begin(), layers_.end(), layer) != layers_.end(); }
+
+ private:
+  static double cost(double work) { return kTeamCost<T> * std::sqrt(work); }
+
+  std::vector<int32_t> layers_;
+};
 
 template <typename T>
 int64_t panels(int64_t columns) {
@@ -242,13 +274,13 @@ void precondition_layer(const Precondition& op, int layer, int next, const Scrat
 }
 
 template <typename T>
-void lay_out(const Precondition& op, int threads, Arena& arena, Scratch<T>* scratch) {
+void lay_out(const Precondition& op, const Team<T>& team, int threads, Arena& arena, Scratch<T>* scratch) {
   Sizes<T> own, all;
   for (int layer = 0; layer < op.g_plan.count(); ++layer) {
     const Shape shape = shape_of(op, layer);
-    const bool team = shape.for_team(threads);
-    all.include(shape, team ? threads : 1);
-    if (!team) own.include(shape, 1);
+    const bool together = team.has(layer);
+    all.include(shape, together ? threads : 1);
+    if (!together) own.include(shape, 1);
   }
   for (int thread = 0; thread < threads; ++thread) {
     const Scratch<T> mine = (thread == 0 ? all : own).take(arena);
@@ -261,15 +293,14 @@ void run(const Precondition& op, const Context& ctx) {
   const int threads = usable_threads(ctx.threads);
   Arena arena(ctx.workspace);
   auto* scratch = arena.take<Scratch<T>>(threads);
-  lay_out(op, threads, arena, scratch);
+  const Team<T> team(op, threads);
+  lay_out(op, team, threads, arena, scratch);
 
+  for (const int32_t layer : team.layers()) precondition_layer<T>(op, layer, -1, scratch[0], threads);
   const int32_t* order = op.a_plan.by_decreasing_size().data();
   const int count = op.a_plan.count();
-  for (int task = 0; task < count; ++task) {
-    if (shape_of(op, order[task]).for_team(threads)) precondition_layer<T>(op, order[task], -1, scratch[0], threads);
-  }
   parallel_for(threads, count, [&](int64_t task, int thread) {
-    if (!shape_of(op, order[task]).for_team(threads))
+    if (!team.has(order[task]))
       precondition_layer<T>(op, order[task], task + threads < count ? order[task + threads] : -1, scratch[thread], 1);
   });
 }
@@ -278,7 +309,7 @@ template <typename T>
 size_t bytes_for(const Precondition& op, int threads) {
   Arena arena(nullptr);
   arena.take<Scratch<T>>(threads);
-  lay_out<T>(op, threads, arena, nullptr);
+  lay_out<T>(op, Team<T>(op, threads), threads, arena, nullptr);
   return arena.used();
 }
 
