@@ -272,10 +272,21 @@ __device__ __forceinline__ void copy_pixels(float* stage, const int64_t* words, 
 template <typename E, int kSide>
 using ShiftedTile = MmaTile<E, kSide, 4>;
 
+// CTAs that registers are left for: no more than shared memory has room for, of which these devices have 100 KB.
+template <typename Tile>
+constexpr int shifted_resident() {
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+  constexpr int kRoom = static_cast<int>((100 << 10) / (Tile::kSharedBytes + (1 << 10)));
+  return Tile::kResident < kRoom ? Tile::kResident : kRoom;
+#else
+  return Tile::kResident;
+#endif
+}
+
 // Partial products of shifted images on tensor cores, see factor_update_mma_kernel.
 // One CTA per (tile, shift or border, chunk); pixels pass through two stages of shared memory.
 template <typename E, int kSide>
-__global__ void __launch_bounds__(ShiftedTile<E, kSide>::kThreads, ShiftedTile<E, kSide>::kResident)
+__global__ void __launch_bounds__(ShiftedTile<E, kSide>::kThreads, shifted_resident<ShiftedTile<E, kSide>>())
     shifted_gram_mma_kernel(RowsTables tables, int count, float* partials) {
   using Tile = ShiftedTile<E, kSide>;
   const int owner = find_owner(tables.first, count, static_cast<int>(blockIdx.x));
