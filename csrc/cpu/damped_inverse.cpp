@@ -42,8 +42,11 @@ int team_blocks(const Plan& plan, int threads) {
     const double n = x < plan.count() ? static_cast<double>(plan.size(plan.by_decreasing_size()[x])) : 0;
     return n * n * n;
   };
-  double total = 0;
-  for (int x = 0; x < plan.count(); ++x) total += cube(x);
+  const auto total = [&] {
+    double sum = 0;
+    for (int x = 0; x < plan.count(); ++x) sum += cube(x);
+    return sum;
+  };
   return team_tasks(threads, total, cube, [](double work) { return kTeamCost<T> * std::cbrt(work); });
 }
 

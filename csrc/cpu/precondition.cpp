@@ -58,7 +58,7 @@ class Team {
     const auto work = [&](size_t x) { return x < layers_.size() ? shape_of(op, layers_[x]).work() : 0.0; };
     std::stable_sort(layers_.begin(), layers_.end(),
                      [&](int32_t x, int32_t y) { return shape_of(op, x).work() > shape_of(op, y).work(); });
-    layers_.resize(team_tasks(threads, total, work, cost));
+    layers_.resize(team_tasks(threads, [&] { return total; }, work, cost));
   }
   const std::vector<int32_t>& layers() const { return layers_; }
   bool has(int32_t layer) const { return std::find(layers_.begin(), layers_.end(), layer) != layers_.end(); }
