@@ -66,9 +66,8 @@ class Likelihood(ABC):
             raise TypeError(f"outputs must be floating point for {self!r}, got {outputs.dtype}")
         if outputs.ndim < 2:
             raise ValueError(
-                f"outputs must be [N, …] with at least 2 dimensions for {self!r}, got {tuple(outputs.shape)}; a single "
-                "example needs a batch dimension; of one number per example let the model return [N, 1], and squeeze "
-                "it in the loss"
+                f"outputs must be [N, …] with at least 2 dimensions for {self!r}, got {tuple(outputs.shape)}; give one "
+                "example a batch dimension, return one number per example as [N, 1] and squeeze it in the loss"
             )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
