@@ -211,7 +211,7 @@ def test_sparse_inputs_have_the_factors_of_dense_ones() -> None:
 def test_one_number_per_example_has_to_be_a_vector(likelihood: str) -> None:
     model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
     pre = exact(model, likelihood=likelihood)
-    with pytest.raises(ValueError, match=r"got \(5,\); .* return \[N, 1\], and squeeze it in the loss"):
+    with pytest.raises(ValueError, match=r"got \(5,\); .* as \[N, 1\] and squeeze it in the loss"):
         model(torch.randn(5, 3))
     pre.close()
 
