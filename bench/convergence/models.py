@@ -1,7 +1,7 @@
 """``python -m bench.convergence.models``: how many updates K-FAC and a tuned rival need, on a transformer and a ResNet.
 
-Everybody with a schedule is tuned on about as many settings, with a seed of its own; the best two are run with three
-seeds, and the better mean counts. Schedules are alike, over each one's own number of updates, and K-FAC has half as
+Everybody with a schedule is tuned on about as many settings, with a seed of its own; the best four are run with three
+seeds, and the best mean counts. Schedules are alike, over each one's own number of updates, and K-FAC has half as
 many; in adaptive mode it needs none. Runs wait in a folder and go on where they were; ``--piece`` stops them after some
 seconds (exit status 3: not done yet). Updates are compared, not seconds, so other work may run beside.
 """
@@ -38,7 +38,7 @@ from .training import Run, write_json
 BATCH = 128
 MEASURED, MEASURED_EVERY = 256, 10  # training examples, always the same ones; updates
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-CANDIDATES = 2  # settings of everybody that are run with all seeds: one seed may flatter a setting
+CANDIDATES = 4  # settings of everybody that are run with all seeds: one seed may flatter a setting
 WARM_UP = 0.05  # of the updates; a cosine down to zero follows
 
 
@@ -183,7 +183,8 @@ PROBLEMS = {
                     "K-FAC",
                     ScheduledKFAC,
                     150,
-                    grid(lr=(0.3,), damping=(0.001, 0.003, 0.01), kl_clip=(0.001, 0.003, 0.01)),
+                    grid(lr=(0.3,), damping=(0.001, 0.003, 0.01), kl_clip=(0.001, 0.003, 0.01))
+                    + grid(lr=(0.3,), damping=(0.01,), damping_end=(1e-6, 1e-5), kl_clip=(0.003, 0.01)),
                 ),
             ),
         ),
