@@ -184,7 +184,7 @@ struct Layout {
   static Items count_items(RowsEntry& entry, const Rows& rows, bool shifted) {
     if (shifted) {
       const ShiftedShape shape(*rows.conv, rows.bias, entry.side);
-      const int products = entry.chunks * shape.core_items() + entry.border_chunks * shape.border_items();
+      const int products = entry.chunks * shape.core_items() + entry.outer_chunks * shape.outer_items();
       entry.diagonal = static_cast<int32_t>(ceil_div(shape.channels + shape.ones, finish_channels(shape.offsets)));
       return {products, products, lower_pairs(entry.diagonal)};
     }
@@ -237,7 +237,7 @@ struct Layout {
         own.shifted = true;
         own.side = entry.side = side;
         entry.chunks = shifted.chunks;
-        entry.border_chunks = shifted.border_chunks;
+        entry.outer_chunks = shifted.outer_chunks;
         entry.along_k = conv.channel_stride != 1;
         entry.run = whole_sectors(rows) ? static_cast<int32_t>(32 / width(rows)) : 1;
         return;

@@ -18,7 +18,7 @@ struct RowsEntry {
   int64_t chunk_rows;           // rows of one partial product
   int32_t d, size;              // columns without and with the bias column
   int32_t side, tiles, chunks;  // side of a tile, tiles per side of C, partial products per tile
-  int32_t border_chunks;        // of a convolution by shifted images: partial products per tile of a border
+  int32_t outer_chunks;         // of a convolution by shifted images: partial products per tile outside of the cores
   int32_t run;                  // pixels that its rows are filled up to multiples of
   int32_t diagonal;             // CTAs of the last step that hold a part of the diagonal
   int32_t conv;                 // index of the Conv, or -1

@@ -1,5 +1,5 @@
 // The last step of a convolution's update by shifted images: C <- decay C + scale S with S from the products of cores
-// and borders, which lie channels by channels, while C's rows are (channel, kernel offset).
+// and what is around them, which lie channels by channels, while C's rows are (channel, kernel offset).
 #pragma once
 
 #include "factor_finish.cuh"
@@ -10,36 +10,44 @@ namespace kfac_fast {
 // Channels of a CTA's piece of C, per side: the piece has at most 72 rows.
 __host__ __device__ inline int finish_channels(int offsets) { return offsets <= 9 ? 8 : offsets <= 18 ? 4 : 2; }
 
-// Shared memory of a CTA: what there is to know about each pair of offsets, and the piece.
+// Shared memory of a CTA: for each pair of offsets the numbers of its products, by kind, -1 where there is none; and
+// the piece.
 struct OffsetPair {
-  int16_t a, b, shift, bordered;
+  int16_t a, b, numbers[4];
 };
 constexpr int kShiftedFinishSide = 72;
 template <typename T>
 constexpr size_t kShiftedFinishBytes =
     sizeof(OffsetPair) * lower_pairs(kMaxShiftedOffsets) + sizeof(T) * kShiftedFinishSide * (kShiftedFinishSide + 1);
 
-// Element (i, j) of block (a, b), i and j channels: its chunks in order, the core's before the border's.
+// Element (i, j) of block (a, b), i and j channels: its chunks in order, the core's before those of what is around it.
 template <typename T>
 __device__ T shifted_sum(const RowsEntry& rows, const ShiftedShape& shape, const OffsetPair& pair, int i, int j,
                          const T* partials) {
   const int64_t numel = static_cast<int64_t>(rows.side) * rows.side;
-  const int ti = i / rows.side, tj = j / rows.side, in_tile = i % rows.side * rows.side + j % rows.side;
-  const T* const core = partials + rows.partial + shape.core_item(pair.shift, ti, tj) * numel + in_tile;
-  const int64_t core_numel = shape.core_items() * numel, border_numel = shape.border_items() * numel;
+  const int ti = i / rows.side, tj = j / rows.side;
+  partials += rows.partial + i % rows.side * rows.side + j % rows.side;
   T sum = T(0);
-  for (int chunk = 0; chunk < rows.chunks; ++chunk) sum += core[chunk * core_numel];
-  if (pair.bordered == 0) return sum;
-  const T* const border =
-      partials + rows.partial + rows.chunks * core_numel + shape.border_item(pair.a, pair.b, ti, tj) * numel + in_tile;
-  for (int chunk = 0; chunk < rows.border_chunks; ++chunk) sum += border[chunk * border_numel];
+  int chunks = rows.chunks, per_chunk = shape.core_items();
+  for (const ShiftedKind kind : {ShiftedKind::core, ShiftedKind::border, ShiftedKind::left, ShiftedKind::right}) {
+    const int number = pair.numbers[static_cast<int>(kind)];
+    if (number >= 0) {
+      const T* const own = partials + shape.item(kind, number, ti, tj) * numel;
+      for (int chunk = 0; chunk < chunks; ++chunk) sum += own[chunk * per_chunk * numel];
+    }
+    if (kind == ShiftedKind::core) {
+      partials += chunks * per_chunk * numel;
+      chunks = rows.outer_chunks;
+      per_chunk = shape.outer_items();
+    }
+  }
   return sum;
 }
 
 // C <- decay C + scale S, both triangles, whether S is finite, and the trace.
 // One CTA per lower piece of a few channels by as many, with all their kernel offsets; it is put together in shared
 // memory, where the elements of a row come from as many products as the kernel has offsets.
-// Memory: reads every product once, reads half of C and writes all of it.
+// Memory: reads every product, those of strips for each of their windows, reads half of C and writes all of it.
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)
     shifted_gram_finish_kernel(RowsTables tables, int count, FinishArguments<T> to) {
@@ -61,9 +69,17 @@ __global__ void __launch_bounds__(kFinishThreads)
     shape.offset(a, from);
     shape.offset(b, to_offset);
     const int d[3] = {to_offset[0] - from[0], to_offset[1] - from[1], to_offset[2] - from[2]};
-    const ShiftedRegion border(conv, d, from, false);
-    pairs[p] = {static_cast<int16_t>(a), static_cast<int16_t>(b), static_cast<int16_t>(shape.shift_number(d)),
-                static_cast<int16_t>(border.pixels() > 0)};
+    const auto strip = [&](ShiftedKind kind) {
+      const int first = ShiftedRegion::strip_offset(conv, d[2], from[2], kind);
+      if (ShiftedRegion(conv, d, {0, 0, first}, kind).pixels() == 0) return -1;
+      return shape.strip_number(d, first, kind == ShiftedKind::right);
+    };
+    const bool bordered = ShiftedRegion(conv, d, from, ShiftedKind::border).pixels() > 0;
+    const int numbers[] = {shape.shift_number(d), bordered ? shape.border_number(a, b) : -1, strip(ShiftedKind::left),
+                           strip(ShiftedKind::right)};
+    pairs[p].a = static_cast<int16_t>(a);
+    pairs[p].b = static_cast<int16_t>(b);
+    for (int i = 0; i < 4; ++i) pairs[p].numbers[i] = static_cast<int16_t>(numbers[i]);
   }
   __syncthreads();
 

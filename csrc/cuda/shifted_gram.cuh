@@ -1,10 +1,12 @@
 // How X^T X of a stride-1 convolution splits into products of shifted images.
 //
 // Block (a, b) of X^T X, a and b kernel offsets, sums x(q) x(q + (b - a) dilation)^T over the pixels q of a's window.
-// All windows of one shift b - a share a box of pixels, the core, whose product is made once for all of them; what else
-// a window has, its border, is a product of its own. Where padding is zero, pixels that it would multiply belong to no
-// window: borders are then a pixel or two wide, and most shifts have none. Nothing is subtracted, so nothing cancels.
-// A 3 x 3 kernel takes 13 products of the channels over the image and borders, where its patches take 45.
+// All windows of one shift b - a share a box of pixels, the core, whose product is made once for all of them. What else
+// a window has are rows that the core does not have, its border, a product of its own; and strips of columns on either
+// side of the core, in its rows, whose products serve all windows that have the same strip. Where padding is zero,
+// pixels that it would multiply belong to no window: borders and strips are then a pixel or two wide, and most shifts
+// have none. Nothing is subtracted, so nothing cancels. A 3 x 3 kernel takes 13 products of the channels over the image
+// and what is beside the cores, where its patches take 45.
 #pragma once
 
 #include "rows.cuh"
@@ -31,54 +33,77 @@ __host__ __device__ inline ShiftedAxis shifted_axis(const Conv& conv, int axis, 
   return {window, min(offset * dilation + out, high) - window, core, min(least * dilation + out, high) - core};
 }
 
-// A set of pixels of every image: a core, or the border of a window. A border is cut into three parts, by the first
-// axis in which the pixel is outside of the core.
-struct ShiftedRegion {
-  ShiftedAxis axis[3];
-  int core;       // 0 or 1; a whole word, because vectors of words are read
-  int row, lead;  // pixels in a row of a core, and those before its own
+enum class ShiftedKind : int { core, border, left, right };  // the last two are strips
 
-  __host__ __device__ ShiftedRegion(const Conv& conv, const int (&shift)[3], const int (&offset)[3], bool core_)
-      : core(core_), lead(0) {
-    for (int i = 0; i < 3; ++i) axis[i] = shifted_axis(conv, i, shift[i], offset[i]);
-    row = axis[2].core_length;
+// A set of pixels of every image. Rows are along the last axis. A border is cut into two parts, by the first axis in
+// which the row is outside of the core.
+struct ShiftedRegion {
+  ShiftedAxis axis[2];
+  int border;         // 0 or 1: not the core's rows; a whole word, because vectors of words are read
+  int first, length;  // of a row
+  int row, lead;      // pixels that a row is filled up to, and those before its own
+
+  // Of the window of kernel offset `offset`, or of those that share the core or strip. Strips are empty where the
+  // window before has the same.
+  __host__ __device__ ShiftedRegion(const Conv& conv, const int (&shift)[3], const int (&offset)[3], ShiftedKind kind)
+      : border(kind == ShiftedKind::border), lead(0) {
+    for (int i = 0; i < 2; ++i) axis[i] = shifted_axis(conv, i, shift[i], offset[i]);
+    const ShiftedAxis own = shifted_axis(conv, 2, shift[2], offset[2]);
+    first = kind == ShiftedKind::core ? own.core : kind == ShiftedKind::right ? own.core + own.core_length : own.window;
+    const int end = kind == ShiftedKind::core   ? own.core + own.core_length
+                    : kind == ShiftedKind::left ? own.core
+                                                : own.window + own.window_length;
+    length = row = end - first;
+    if (kind == ShiftedKind::core || kind == ShiftedKind::border) return;
+    if (strip_offset(conv, shift[2], offset[2], kind) != offset[2]) length = row = 0;
   }
-  // Fills the rows of a core up with pixels that don't count, so that they begin and end where runs of `run` pixels in
-  // memory do: for at most a quarter more pixels, whole sectors are read.
+  // The first kernel offset along the last axis whose window has the same strip as that of `offset`.
+  __host__ __device__ static int strip_offset(const Conv& conv, int shift, int offset, ShiftedKind kind) {
+    const auto bound = [&](int a) {
+      const ShiftedAxis own = shifted_axis(conv, 2, shift, a);
+      return kind == ShiftedKind::left ? own.window : own.window + own.window_length;
+    };
+    const int least = max(0, -shift);
+    while (offset > least && bound(offset - 1) == bound(offset)) --offset;
+    return offset;
+  }
+  // Fills rows up with pixels that don't count, so that they begin and end where runs of `run` pixels in memory do: for
+  // at most a quarter more pixels, whole sectors are read.
   __host__ __device__ void fill_up(const Conv& conv, int run) {
-    const int before = (axis[2].core - static_cast<int>(conv.pad[2])) & (run - 1);
-    const int filled = (before + axis[2].core_length + run - 1) & -run;
-    if (core == 0 || 4 * filled > 5 * axis[2].core_length) return;
+    const int before = (first - static_cast<int>(conv.pad[2])) & (run - 1);
+    const int filled = (before + length + run - 1) & -run;
+    if (4 * filled > 5 * length) return;
     row = filled;
     lead = before;
   }
-  __host__ __device__ int length(int i, int part) const {
-    return i < part    ? i == 2 ? row : axis[i].core_length
+  __host__ __device__ int rows(int i, int part) const {
+    return i < part    ? axis[i].core_length
            : i == part ? axis[i].window_length - axis[i].core_length
                        : axis[i].window_length;
   }
-  __host__ __device__ int pixels(int part) const { return length(0, part) * length(1, part) * length(2, part); }
-  __host__ __device__ int pixels() const { return core ? pixels(3) : pixels(0) + pixels(1) + pixels(2); }
+  __host__ __device__ int pixels(int part) const { return rows(0, part) * rows(1, part) * row; }
+  __host__ __device__ int pixels() const { return border ? pixels(0) + pixels(1) : pixels(2); }
 
   // Place of pixel number `index` in the padded input; false if it does not count.
   __device__ bool pixel(int index, int (&q)[3]) const {
-    int part = core ? 3 : 0;
-    while (part < 2 && index >= pixels(part)) index -= pixels(part++);
+    int part = border ? 0 : 2;
+    if (border && index >= pixels(0)) index -= pixels(part++);
+    q[2] = first - lead + index % row;
+    index /= row;
 #pragma unroll
-    for (int i = 2; i >= 0; --i) {
-      const int n = length(i, part), at = index % n;
+    for (int i = 1; i >= 0; --i) {
+      const int n = rows(i, part), at = index % n;
       index /= n;
       const bool behind = i == part && at >= axis[i].core - axis[i].window;
       q[i] = (i < part ? axis[i].core : axis[i].window) + at + (behind ? axis[i].core_length : 0);
     }
-    q[2] -= lead;
-    return core == 0 || (q[2] >= axis[2].core && q[2] < axis[2].core + axis[2].core_length);
+    return q[2] >= first && q[2] < first + length;
   }
 };
 
 // The products of one convolution, and where in its scratch memory they go: tiles [side, side] of channels by channels,
-// one after the other; first those of every chunk of the cores, then those of every chunk of the borders. Shift 0 has
-// lower tiles only, and the bias as a channel of ones.
+// one after the other; first those of every chunk of the cores, then those of every chunk of the borders and strips.
+// Those of a kind are numbered, shift 0 first, which has lower tiles only, and the bias as a channel of ones.
 struct ShiftedShape {
   int kernel[3];
   int offsets, shifts, channels, ones, tiles, zero_pairs;
@@ -90,17 +115,25 @@ struct ShiftedShape {
     shifts = ((2 * kernel[0] - 1) * (2 * kernel[1] - 1) * (2 * kernel[2] - 1) + 1) / 2;
     zero_pairs = lower_pairs((channels + ones + side - 1) / side);
   }
-  __host__ __device__ int core_items() const { return zero_pairs + (shifts - 1) * tiles * tiles; }
-  __host__ __device__ int border_items() const {
-    return offsets * zero_pairs + lower_pairs(offsets - 1) * tiles * tiles;
+  // Products of a kind (for strips: on both sides), of shift 0 and of the others.
+  __host__ __device__ int zeros(ShiftedKind kind) const {
+    return kind == ShiftedKind::core ? 1 : kind == ShiftedKind::border ? offsets : 2 * (kernel[2] - 1);
   }
-  // Items of tile (i, j) of a shift, and of a window: that of offset a, for the block (a, b), a <= b.
-  __device__ int core_item(int shift, int i, int j) const {
-    return shift == 0 ? lower_pairs(i) + j : zero_pairs + ((shift - 1) * tiles + i) * tiles + j;
+  __host__ __device__ int others(ShiftedKind kind) const {
+    return kind == ShiftedKind::core     ? shifts - 1
+           : kind == ShiftedKind::border ? lower_pairs(offsets - 1)
+                                         : 2 * (lower_pairs(kernel[2] - 2) + (shift_rows() - 1) * strip_pairs());
   }
-  __device__ int border_item(int a, int b, int i, int j) const {
-    return a == b ? a * zero_pairs + lower_pairs(i) + j
-                  : offsets * zero_pairs + ((lower_pairs(b - 1) + a) * tiles + i) * tiles + j;
+  __host__ __device__ int items(ShiftedKind kind) const {
+    return zeros(kind) * zero_pairs + others(kind) * tiles * tiles;
+  }
+  __host__ __device__ int core_items() const { return items(ShiftedKind::core); }
+  __host__ __device__ int outer_items() const { return items(ShiftedKind::border) + items(ShiftedKind::left); }
+  // Item of tile (i, j) of the product with this number, among those of a chunk.
+  __device__ int item(ShiftedKind kind, int number, int i, int j) const {
+    const int rest = number - zeros(kind), before = kind <= ShiftedKind::border ? 0 : items(ShiftedKind::border);
+    return before + (rest < 0 ? number * zero_pairs + lower_pairs(i) + j
+                              : zeros(kind) * zero_pairs + (rest * tiles + i) * tiles + j);
   }
 
   __host__ __device__ void offset(int number, int (&a)[3]) const {
@@ -120,11 +153,56 @@ struct ShiftedShape {
   __host__ __device__ int shift_number(const int (&d)[3]) const {
     return (d[0] * (2 * kernel[1] - 1) + d[1]) * (2 * kernel[2] - 1) + d[2];
   }
+  // Of the window of offset a in the block (a, b), a <= b.
+  __device__ int border_number(int a, int b) const { return a == b ? a : offsets + lower_pairs(b - 1) + a; }
+  __device__ void border(int number, int& a, int& b) const {
+    if (number < offsets) {
+      a = b = number;
+      return;
+    }
+    lower_pair(number - offsets, b, a);
+    b += 1;
+  }
+  // Of shift d and the windows of offset a along the last axis. On the left, neither offset of the block is the last
+  // one, on the right neither is the first: a strip would be empty. So a pair of offsets below the last counts for
+  // both sides; along the first axes only the shift matters.
+  __device__ int strip_number(const int (&d)[3], int a, bool right) const {
+    const int u = a - right, v = u + d[2], line = d[0] * (2 * kernel[1] - 1) + d[1], zero = kernel[2] - 1;
+    const int pair = line > 0   ? zero + lower_pairs(zero - 1) + (line - 1) * strip_pairs() + u * zero + v
+                     : d[2] > 0 ? zero + lower_pairs(v - 1) + u
+                                : u;
+    return 2 * pair + right;
+  }
+  __device__ void strip(int number, int (&d)[3], int& a, bool& right) const {
+    const int zero = kernel[2] - 1, inner = lower_pairs(zero - 1);
+    int pair = number / 2, line = 0, u, v;
+    right = number % 2 != 0;
+    if (pair < zero) {
+      u = v = pair;
+    } else if (pair < zero + inner) {
+      lower_pair(pair - zero, v, u);
+      v += 1;
+    } else {
+      pair -= zero + inner;
+      line = 1 + pair / strip_pairs();
+      u = pair % strip_pairs() / zero;
+      v = pair % zero;
+    }
+    line += kernel[1] - 1;
+    d[0] = line / (2 * kernel[1] - 1);
+    d[1] = line % (2 * kernel[1] - 1) - (kernel[1] - 1);
+    d[2] = v - u;
+    a = u + right;
+  }
+
+ private:
+  __host__ __device__ int shift_rows() const { return ((2 * kernel[0] - 1) * (2 * kernel[1] - 1) + 1) / 2; }
+  __host__ __device__ int strip_pairs() const { return (kernel[2] - 1) * (kernel[2] - 1); }
 };
 
 // How a convolution's update is cut; chunks == 0: not in this way.
 struct ShiftedChunks {
-  int chunks = 0, border_chunks = 0;
+  int chunks = 0, outer_chunks = 0;  // of cores, and of what is outside of them
 };
 
 // Whether the formula holds and pays: no weights, cores that are not empty, fewer products than `direct` multiply-adds,
@@ -137,39 +215,43 @@ inline ShiftedChunks shifted_chunks(const Rows& rows, int side, int64_t width, d
   if (conv.stride[0] * conv.stride[1] * conv.stride[2] != 1) return result;
   const ShiftedShape shape(conv, rows.bias, side);
   if (shape.offsets == 1 || shape.offsets > kMaxShiftedOffsets) return result;
-  int64_t core_pixels = 0, border_pixels = 0, most = 0, bordered = 0;
+  int64_t pixels = 0, most = 0, outer = 0;  // of an image; of what is outside of cores, the most, and how many
+  const auto add = [&](const ShiftedRegion& region) {
+    const int64_t own = region.pixels();
+    pixels += own;
+    most = std::max(most, own);
+    outer += own > 0;
+  };
+  for (int s = 0; s < shape.shifts; ++s) {
+    int d[3];
+    shape.shift(s, d);
+    const ShiftedRegion core(conv, d, {0, 0, 0}, ShiftedKind::core);
+    if (core.axis[0].core_length <= 0 || core.axis[1].core_length <= 0 || core.length <= 0) return result;
+    pixels += core.pixels();
+    for (int a = std::max(0, -d[2]); a < std::min(shape.kernel[2], shape.kernel[2] - d[2]); ++a) {
+      add({conv, d, {0, 0, a}, ShiftedKind::left});
+      add({conv, d, {0, 0, a}, ShiftedKind::right});
+    }
+  }
   for (int b = 0; b < shape.offsets; ++b) {
     for (int a = 0; a <= b; ++a) {
       int from[3], to[3];
       shape.offset(a, from);
       shape.offset(b, to);
-      const int d[3] = {to[0] - from[0], to[1] - from[1], to[2] - from[2]};
-      const ShiftedRegion border(conv, d, from, false);
-      for (const ShiftedAxis& axis : border.axis) {
-        if (axis.core_length <= 0) return result;
-      }
-      const int64_t pixels = border.pixels();
-      border_pixels += pixels;
-      bordered += pixels > 0;
-      most = std::max(most, pixels);
+      add({conv, {to[0] - from[0], to[1] - from[1], to[2] - from[2]}, from, ShiftedKind::border});
     }
   }
-  for (int s = 0; s < shape.shifts; ++s) {
-    int d[3];
-    shape.shift(s, d);
-    core_pixels += ShiftedRegion(conv, d, {0, 0, 0}, true).pixels();
-  }
   const double tile = static_cast<double>(shape.tiles) * shape.tiles * side * side;
-  if (static_cast<double>((core_pixels + border_pixels) * conv.batch) * tile > 0.75 * direct) return result;
+  if (static_cast<double>(pixels * conv.batch) * tile > 0.75 * direct) return result;
 
   // Partial products are written once and read once.
   const int64_t bytes = 2 * width * shape.channels * shape.channels;
-  const int64_t rest = traffic - bytes * bordered;
+  const int64_t rest = traffic - bytes * outer;
   if (rest < bytes * shape.shifts) return result;
   const int64_t wanted =
       std::min({ceil_div(kWantedItems, shape.core_items()), ceil_div(rows.m, kMinRows), rest / (bytes * shape.shifts)});
   result.chunks = static_cast<int>(std::max(wanted, ceil_div(rows.m, kMaxRows)));
-  result.border_chunks = static_cast<int>(std::max<int64_t>(ceil_div(most * conv.batch, kMaxRows), 1));
+  result.outer_chunks = static_cast<int>(std::max<int64_t>(ceil_div(most * conv.batch, kMaxRows), 1));
   return result;
 }
 

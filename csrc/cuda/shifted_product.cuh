@@ -6,7 +6,7 @@
 
 namespace kfac_fast {
 
-// One CTA's share: one tile of channels by channels, of one shift or of one window's border, over a chunk of pixels.
+// One CTA's share: one tile of channels by channels, of one core, border or strip, over a chunk of pixels.
 struct ShiftedItem {
   ShiftedRegion region;
   int shift[3];
@@ -20,39 +20,37 @@ struct ShiftedItem {
 
  private:
   struct Choice {
-    int chunk, chunks, tile, a;
-    bool core, zero;
+    ShiftedKind kind;
+    int chunk, chunks, tile;
+    bool zero;  // shift 0
     int shift[3], offset[3];
 
-    __device__ Choice(const RowsEntry& rows, const ShiftedShape& shape, int item) {
-      const int cores = rows.chunks * shape.core_items(), square = shape.tiles * shape.tiles;
-      core = item < cores;
+    __device__ Choice(const RowsEntry& rows, const ShiftedShape& shape, int item) : offset{0, 0, 0} {
+      const int cores = rows.chunks * shape.core_items(), borders = shape.items(ShiftedKind::border);
+      const bool core = item < cores;
       if (!core) item -= cores;
-      const int per_chunk = core ? shape.core_items() : shape.border_items();
+      const int per_chunk = core ? shape.core_items() : shape.outer_items(), square = shape.tiles * shape.tiles;
       chunk = item / per_chunk;
-      chunks = core ? rows.chunks : rows.border_chunks;
+      chunks = core ? rows.chunks : rows.outer_chunks;
       tile = item % per_chunk;
-      const int zeros = core ? shape.zero_pairs : shape.offsets * shape.zero_pairs;
-      zero = tile < zeros;
-      int first = 0, second = 0, number = 0;
-      if (zero) {
-        first = second = tile / shape.zero_pairs;
-        tile %= shape.zero_pairs;
-      } else {
-        number = (tile - zeros) / square;
-        tile = (tile - zeros) % square;
-        if (!core) {
-          lower_pair(number, second, first);
-          second += 1;
-        }
-      }
-      if (core) {
-        shape.shift(zero ? 0 : number + 1, shift);
-        for (int i = 0; i < 3; ++i) offset[i] = 0;
-      } else {
-        shape.offset(first, offset);
-        shape.offset(second, shift);
+      kind = core ? ShiftedKind::core : tile < borders ? ShiftedKind::border : ShiftedKind::left;
+      if (kind == ShiftedKind::left) tile -= borders;
+      const int zeros = shape.zeros(kind), rest = tile - zeros * shape.zero_pairs;
+      zero = rest < 0;
+      const int number = zero ? tile / shape.zero_pairs : zeros + rest / square;
+      tile = zero ? tile % shape.zero_pairs : rest % square;
+      if (kind == ShiftedKind::core) {
+        shape.shift(number, shift);
+      } else if (kind == ShiftedKind::border) {
+        int a, b;
+        shape.border(number, a, b);
+        shape.offset(a, offset);
+        shape.offset(b, shift);
         for (int i = 0; i < 3; ++i) shift[i] -= offset[i];
+      } else {
+        bool right;
+        shape.strip(number, shift, offset[2], right);
+        if (right) kind = ShiftedKind::right;
       }
     }
   };
@@ -62,7 +60,7 @@ struct ShiftedItem {
 
   __device__ ShiftedItem(const RowsEntry& rows, const Conv& conv, const ShiftedShape& shape, const Choice& choice,
                          int item)
-      : region(conv, choice.shift, choice.offset, choice.core) {
+      : region(conv, choice.shift, choice.offset, choice.kind) {
     for (int i = 0; i < 3; ++i) shift[i] = choice.shift[i];
     if (choice.zero) {
       lower_pair(choice.tile, ti, tj);
@@ -212,7 +210,7 @@ __device__ __forceinline__ void store_partial(const ShiftedItem& item, T* partia
 }
 
 // Partial products of shifted images by FMA, see factor_update_fma_kernel.
-// One CTA per (tile, shift or border, chunk); pixels pass through shared memory, each thread holds 4x4 elements.
+// One CTA per (tile, core, border or strip, chunk); pixels pass through shared memory, each thread holds 4x4 elements.
 template <typename T, int kSide>
 __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kResident)
     shifted_gram_fma_kernel(RowsTables tables, int count, T* partials) {
@@ -224,7 +222,7 @@ __global__ void __launch_bounds__(Tile<T, kSide>::kThreads, Tile<T, kSide>::kRes
       find_item<Tile::kDepth>(rows, tables.convs[rows.conv], static_cast<int>(blockIdx.x) - tables.first[owner],
                               stages + Tile::kSharedBytes / sizeof(T));
   const ShiftedItem& item = pixels.item();
-  if (!item.region.core && item.region.pixels() == 0) return;
+  if (item.region.pixels() == 0) return;
   pixels.find_first();
   const PixelSlots<Tile> slots = {{rows.along_k}, 0};
   using Loader = PixelLoader<Tile, T, void, true>;
@@ -284,7 +282,7 @@ constexpr int shifted_resident() {
 }
 
 // Partial products of shifted images on tensor cores, see factor_update_mma_kernel.
-// One CTA per (tile, shift or border, chunk); pixels pass through two stages of shared memory.
+// One CTA per (tile, core, border or strip, chunk); pixels pass through two stages of shared memory.
 template <typename E, int kSide>
 __global__ void __launch_bounds__(ShiftedTile<E, kSide>::kThreads, shifted_resident<ShiftedTile<E, kSide>>())
     shifted_gram_mma_kernel(RowsTables tables, int count, float* partials) {
@@ -296,7 +294,7 @@ __global__ void __launch_bounds__(ShiftedTile<E, kSide>::kThreads, shifted_resid
       find_item<Tile::kDepth>(rows, tables.convs[rows.conv], static_cast<int>(blockIdx.x) - tables.first[owner],
                               p + 2 * Tile::kStages * Tile::kStage);
   const ShiftedItem& item = pixels.item();
-  if (!item.region.core && item.region.pixels() == 0) return;
+  if (item.region.pixels() == 0) return;
   pixels.find_first();
   E* const q = item.same ? p : p + Tile::kStages * Tile::kStage;
 

@@ -13,7 +13,19 @@ constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
 template <typename T>
 const T kNaN = std::numeric_limits<T>::quiet_NaN();
 
-double stored(std::vector<char>& data, DType dtype, int64_t at, double value) {
+// Rows begin with a sector of memory.
+template <typename T>
+struct InSectors {
+  using value_type = T;
+  static constexpr std::align_val_t kSector{32};
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kSector)); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, kSector); }
+  bool operator==(const InSectors&) const { return true; }
+  bool operator!=(const InSectors&) const { return false; }
+};
+using Data = std::vector<char, InSectors<char>>;
+
+double stored(Data& data, DType dtype, int64_t at, double value) {
   switch (dtype) {
     case DType::f32:
     case DType::tf32:
@@ -36,7 +48,7 @@ template <typename T>
 struct Block {
   Rows rows;
   Conv conv;
-  std::vector<char> data;
+  Data data;
   std::vector<T> weights;
   std::vector<double> x;  // [m, n] with the bias column, sqrt(weight) applied
 
@@ -261,7 +273,10 @@ void test_shifted_images(const std::string& device, std::vector<DType> dtypes) {
   constexpr PaddingMode kZeros = PaddingMode::zeros;
   for (const DType dtype : dtypes) {
     std::vector<Block<T>> blocks = {
-        conv_rows<T>(dtype, kZeros, {40, 45}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, false, 18),
+        conv_rows<T>(dtype, kZeros, {49, 64}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, false, 17),  // whole sectors
+        conv_rows<T>(dtype, kZeros, {55, 57}, {3, 3}, {1, 1}, {2, 2}, {2, 2}, true, false, 17),
+        conv_rows<T>(dtype, kZeros, {72, 67}, {2, 3}, {1, 1}, {0, 0}, {1, 1}, false, false, 21),
+        conv_rows<T>(dtype, kZeros, {2801}, {5}, {1}, {1}, {1}, true, false, 17),
         conv_rows<T>(dtype, kZeros, {41, 50}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, false, false, 24, true),
         conv_rows<T>(dtype, kZeros, {1200}, {3}, {1}, {0}, {2}, true, false, 32),
         conv_rows<T>(dtype, PaddingMode::circular, {1600}, {3}, {1}, {2}, {2}, true, false, 32, true),

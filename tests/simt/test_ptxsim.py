@@ -137,10 +137,9 @@ def flat(array: np.ndarray) -> np.ndarray:
     return array.ravel(order="K")
 
 
-def lines(image: np.ndarray, kernel: int, pad: int) -> np.ndarray:
-    """Patches of a [batch, channels, width] image, as rows."""
-    padded = np.pad(image, ((0, 0), (0, 0), (pad, pad)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=2)
+def lines(image: np.ndarray, kernel: int) -> np.ndarray:
+    """Patches of a [batch, channels, width] image without padding, as rows."""
+    windows = np.lib.stride_tricks.sliding_window_view(image, kernel, axis=2)
     return windows.transpose(0, 2, 1, 3).reshape(-1, image.shape[1] * kernel)
 
 
@@ -179,11 +178,13 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
     turned, x_turned = as_kind(rng.standard_normal((d, 20)), kind)
     image, x_image = as_kind(rng.standard_normal((2, d // 9, 4, 5)), kind)
     # Wide enough to go by shifted images; the second one channels-last.
-    channels, length, kernel = (32, 1200, 3) if side == 32 else (64, 1700, 2)
-    pad = kernel // 2 if side == 32 else 0
-    wide, x_wide = as_kind(rng.standard_normal((2, channels, length)), kind)
-    if side == 64:
+    if side == 32:
+        wide, x_wide = as_kind(rng.standard_normal((6 if kind in ("f16", "bf16") else 3, 15, 29, 32)), kind)
+        patterns, geometry = patches(x_wide, 3), ((3, 3), (1, 1), (1, 1), (1, 1), (29, 32), 1, 0)
+    else:
+        wide, x_wide = as_kind(rng.standard_normal((2, 64, 1700)), kind)
         wide = np.ascontiguousarray(wide.transpose(0, 2, 1)).transpose(0, 2, 1)
+        patterns, geometry = lines(x_wide, 2), ((2,), (1,), (0,), (1,), (1699,), 1, 0)
     weights = rng.choice([0, 0.25, 1, 4], m) if kind == "tf32" else rng.uniform(0, 1, m)
     weights = weights.astype(dtype)
     one = np.ones((m, 1))
@@ -206,10 +207,9 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
         (image, image.shape, tuple(s // width for s in image.strides)),
     ]
     if side < 128:
-        patterns = lines(x_wide, kernel, pad)
         expected_rows.append(np.hstack([patterns, np.ones((len(patterns), 1))]))
         biases.append(True)
-        convs.append(((kernel,), (1,), (pad,), (1,), (len(patterns) // 2,), 1, 0))
+        convs.append(geometry)
         sources.append((wide, wide.shape, tuple(s // width for s in wide.strides)))
     arrays = {id(array): array for array, _, _ in sources}
     address = {key: device.put(flat(array), "rows") for key, array in arrays.items()}
