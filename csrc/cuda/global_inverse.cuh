@@ -7,14 +7,10 @@
 // Matrices stand by decreasing size: those with a step left are always the first ones.
 #pragma once
 
-#include "inverse.cuh"
+#include "global_root.cuh"
 #include "pipeline.cuh"
 
 namespace kfac_fast {
-
-constexpr int kGlobalSide = 64;  // of a tile, and pivots per step
-constexpr int kGlobalTile = kGlobalSide * kGlobalSide;
-constexpr int kRootStride = kGlobalSide + 1;  // in shared memory: rows and columns both read without conflicts
 
 struct GlobalEntry {
   BlockEntry block;
@@ -55,53 +51,6 @@ struct GlobalMatrix {
   __device__ T* tile(int i, int j) const { return tiles + static_cast<int64_t>(lower_pairs(i) + j) * kGlobalTile; }
 };
 
-// L^-1 of the 64x64 block in `square`, in place (rows below the diagonal of L^-1, elsewhere leftovers), by forward
-// elimination of [A | I] 16 pivots at a time: columns of I take the place of columns of A that are done with. All
-// threads of the CTA call; 256 of them. Returns the first pivot that fails, 1-based, or 0.
-template <typename T>
-__device__ int invert_root(T* square,   // [64, kRootStride]
-                           T* scratch,  // [16, 16] and [16, 64]
-                           int* failed) {
-  T* const small_root = scratch;
-  T* const rows = scratch + kPanel * kPanel;  // the 16 rows being eliminated, scaled
-  const int thread = static_cast<int>(threadIdx.x), column = thread % kGlobalSide, part = thread / kGlobalSide;
-  for (int begin = 0; begin < kGlobalSide; begin += kPanel) {
-    if (thread < kWarpSize) {
-      const int pivot =
-          factor_pivot_block([&](int r, int c) { return square[(begin + r) * kRootStride + begin + c]; }, small_root);
-      if (thread == 0) *failed = pivot == 0 ? 0 : begin + pivot;
-    }
-    __syncthreads();
-    if (*failed != 0) return *failed;
-    const bool pivotal = column >= begin && column < begin + kPanel;  // column of I from here on
-    constexpr int kRowsPerPart = kPanel / 4;
-#pragma unroll
-    for (int i = 0; i < kRowsPerPart; ++i) {
-      const int r = part * kRowsPerPart + i;
-      T sum = T(0);
-      for (int m = 0; m <= r; ++m) sum += small_root[r * kPanel + m] * square[(begin + m) * kRootStride + column];
-      rows[r * kGlobalSide + column] = pivotal ? small_root[r * kPanel + column - begin] : sum;
-    }
-    __syncthreads();
-    T scaled[kPanel];
-#pragma unroll
-    for (int m = 0; m < kPanel; ++m) scaled[m] = rows[m * kGlobalSide + column];
-    for (int r = begin + part; r < kGlobalSide; r += 4) {
-      T* const at = square + r * kRootStride + column;
-      if (r < begin + kPanel) {
-        *at = rows[(r - begin) * kGlobalSide + column];
-        continue;
-      }
-      T sum = pivotal ? T(0) : *at;
-#pragma unroll
-      for (int m = 0; m < kPanel; ++m) sum -= rows[m * kGlobalSide + r] * scaled[m];
-      *at = sum;
-    }
-    __syncthreads();
-  }
-  return 0;
-}
-
 template <typename T>
 using GlobalTile = Tile<T, kGlobalSide>;
 
@@ -112,16 +61,15 @@ struct GlobalMmaTile : MmaTile<float, kGlobalSide> {
 
 // Shared memory of the kernels: the stages of a product, or the square of invert_root and its scratch.
 template <typename T>
-constexpr size_t kGlobalSharedBytes =
-    std::max({GlobalTile<T>::kSharedBytes, GlobalMmaTile::kSharedBytes,
-              sizeof(T) * (kGlobalSide * kRootStride + kPanel * kPanel + kPanel * kGlobalSide)}) +
-    16;
+constexpr size_t kGlobalSharedBytes = std::max({GlobalTile<T>::kSharedBytes, GlobalMmaTile::kSharedBytes,
+                                                sizeof(T) * (kGlobalSide * kRootStride + kRootScratch<T>)}) +
+                                      16;
 
 // Factors the diagonal tile in `square` (shared memory, as left by the caller behind a barrier) for step `step`.
 template <typename T>
 __device__ void factor_diagonal(const GlobalMatrix<T>& matrix, T* square, int step, int32_t* found) {
   T* const scratch = square + kGlobalSide * kRootStride;
-  int* const failed = reinterpret_cast<int*>(scratch + kPanel * kPanel + kPanel * kGlobalSide);
+  int* const failed = reinterpret_cast<int*>(scratch + kRootScratch<T>);
   const int pivot = invert_root(square, scratch, failed);
   if (pivot != 0) {
     if (threadIdx.x == 0) *found = step * kGlobalSide + pivot;
@@ -137,7 +85,7 @@ __device__ void factor_diagonal(const GlobalMatrix<T>& matrix, T* square, int st
 // One CTA per tile; neighbouring threads on neighbouring columns.
 // Memory.
 template <typename T>
-__global__ void __launch_bounds__(GlobalTile<T>::kThreads)
+__global__ void __launch_bounds__(GlobalTile<T>::kThreads, sizeof(T) == 8 ? 3 : 4)
     damped_inverse_load_kernel(InverseArguments<T> op, GlobalTables<T> tables) {
   const int item = static_cast<int>(blockIdx.x), owner = find_owner(tables.first_triangle, tables.count, item);
   const GlobalEntry& entry = tables.entries[owner];

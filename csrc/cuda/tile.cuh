@@ -33,7 +33,7 @@ __device__ inline void lower_pair(int index, int& row, int& column) {
   while (row * (row + 1) / 2 > index) --row;
   column = index - row * (row + 1) / 2;
 }
-constexpr __host__ __device__ int lower_pairs(int rows) { return rows * (rows + 1) / 2; }
+constexpr __host__ __device__ int lower_pairs(int rows) { return rows * (rows + 1) >> 1; }
 constexpr __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __device__ inline float inverse_sqrt(float x) { return rsqrtf(x); }

@@ -97,7 +97,7 @@ def estimate(work: Work, path: Path, device: PtxDevice, registers: dict[str, int
 
 
 def works() -> list[Work]:
-    block, panel = "damped_inverse_block_kernel<float, 0>", "damped_inverse_update_kernel<float, true>"
+    block, panel = "damped_inverse_block_kernel<MmaTiles>", "damped_inverse_update_kernel<float, true>"
     cholesky = "{} (cuSOLVER potrfBatched, the factorisation alone)"
     return [
         Work(damped_inverse([32] * 1024), damped_inverse([32] * 4), {"damped_inverse_warp_kernel<float, 32>": 32}, 256),
