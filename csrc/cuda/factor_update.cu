@@ -64,9 +64,7 @@ struct Class {
       : shifted(number >= kShifted), kind(Kind{number % kShifted / 3}), side(kSides[number % 3]) {}
   Class(int n, Kind kind_) : shifted(false), kind(kind_), side(tile_side(n, kind_)) {}
 
-  bool operator==(const Class& other) const {
-    return shifted == other.shifted && kind == other.kind && side == other.side;
-  }
+  int number() const { return (shifted * kKinds + kind) * 3 + (side == 128 ? 0 : side == 64 ? 1 : 2); }
   static int tile_side(int n, Kind kind) {
     if (n <= 32) return 32;
     return n <= 640 || kind == kFma ? 64 : 128;
@@ -125,13 +123,19 @@ struct Layout {
     const int count = op.plan.count(), capability = compute_capability(device);
     int conv_count = 0, at = 0, conv = 0;
     int64_t partial_numel = 0, parts = 0;
-    std::vector<RowsEntry> made;
-    std::vector<Class> classes;
-    for (const int32_t block : op.plan.by_decreasing_size()) {
-      classes.emplace_back(op.plan.size(block), kind(op.rows[block], op.dtype, capability));
-      made.push_back(make_entry(op, block, classes.back()));
+    std::vector<RowsEntry> made(count);
+    std::vector<int32_t> classes(count), by_class(count);
+    int ends[Class::kCount + 1] = {};
+    for (int i = 0; i < count; ++i) {
+      const int32_t block = op.plan.by_decreasing_size()[i];
+      Class own(op.plan.size(block), kind(op.rows[block], op.dtype, capability));
+      fill_entry(made[i], op, block, own, i == 0 ? nullptr : &made[i - 1]);
+      classes[i] = own.number();
+      ++ends[classes[i] + 1];
       conv_count += op.rows[block].conv != nullptr;
     }
+    for (int c = 0; c < Class::kCount; ++c) ends[c + 1] += ends[c];
+    for (int i = 0; i < count; ++i) by_class[ends[classes[i]]++] = i;
     entries = arena.table<RowsEntry>(count);
     first = arena.table<int32_t>(count + Class::kCount);
     finish_first = arena.table<int32_t>(count + 2);
@@ -146,11 +150,10 @@ struct Layout {
         if (entries != nullptr) finish_first[at] = finish_items;
         finish_items = 0;
       }
-      for (int i = 0; i < count; ++i) {
-        if (!(classes[i] == Class(c))) continue;
-        RowsEntry& entry = made[i];
+      while (at < ends[c]) {
+        RowsEntry& entry = made[by_class[at]];
         const Rows& rows = op.rows[entry.index];
-        const Items own = count_items(entry, rows, classes[i].shifted);
+        const Items own = count_items(entry, rows, c >= Class::kShifted);
         entry.partial = partial_numel;
         entry.trace = parts;
         partial_numel += static_cast<int64_t>(own.partials) * entry.side * entry.side;
@@ -197,10 +200,11 @@ struct Layout {
     return {products, products, lower_pairs(entry.diagonal)};
   }
 
-  // Decides on `own.shifted`.
-  static RowsEntry make_entry(const FactorUpdate& op, int index, Class& own) {
+  // Decides on `own.shifted`. Fills in place: an entry that is copied before its parts have reached memory takes
+  // longer.
+  // `before` is the entry of the block before, if any: layers of one shape come together, and are cut once.
+  static void fill_entry(RowsEntry& entry, const FactorUpdate& op, int index, Class& own, const RowsEntry* before) {
     const Rows& rows = op.rows[index];
-    RowsEntry entry = {};
     entry.data = rows.data;
     entry.weights = rows.weights;
     entry.m = rows.m;
@@ -215,9 +219,16 @@ struct Layout {
     entry.bias = rows.bias;
     entry.along_k = rows.conv != nullptr || rows.row_stride < rows.col_stride;
     entry.one = 1.0f;
-    cut(entry, rows, own);
+    if (before != nullptr && before->m == entry.m && before->size == entry.size && before->dtype == entry.dtype &&
+        before->side == own.side && rows.conv == nullptr && op.rows[before->index].conv == nullptr) {
+      entry.side = before->side;
+      entry.tiles = before->tiles;
+      entry.chunk_rows = before->chunk_rows;
+      entry.chunks = before->chunks;
+    } else {
+      cut(entry, rows, own);
+    }
     entry.vectors = vectors(rows, own.shifted);
-    return entry;
   }
 
   // Tiles and chunks. Partial products are written once and read once; they shall not take more than a quarter of the

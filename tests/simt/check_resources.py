@@ -36,7 +36,11 @@ LAUNCH_BOUNDS = re.compile(r"\.entry (?P<name>\w+)\(.*?\.maxntid (?P<threads>\d+
 def readable_name(demangled: str) -> str:
     """Kernel name with its template arguments, without namespaces and parameters."""
     return (
-        demangled.replace("(anonymous namespace)::", "").replace("kfac_fast::", "").removeprefix("void ").split("(")[0]
+        demangled.replace("(anonymous namespace)::", "")
+        .replace("> >", ">>")
+        .replace("kfac_fast::", "")
+        .removeprefix("void ")
+        .split("(")[0]
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from check_resources import ARCHITECTURES
 from launches import BF16, F16, F32, F64, TF32
 from ptx_device import PtxDevice, ptxsim
 
@@ -33,7 +34,7 @@ DTYPES = [
 
 @pytest.fixture(
     scope="module",
-    params=["sm_80", *(pytest.param(arch, marks=pytest.mark.full) for arch in ("sm_75", "sm_90", "sm_120"))],
+    params=["sm_80", *(pytest.param(arch, marks=pytest.mark.full) for arch in ARCHITECTURES if arch != "sm_80")],
 )
 def ptx(request: pytest.FixtureRequest, build: Callable[[str], Path]) -> PtxDevice:
     return PtxDevice(build("simt/libkfac_fast_simt.so"), request.param)
@@ -61,7 +62,7 @@ def blocks_of(flat: np.ndarray, plan: _C.Plan, sizes: list[int]) -> list[np.ndar
 # Sizes, and the shared memory that the device has for the larger classes to come early.
 INVERSE_CASES = {
     "registers": ([8, 7, 3, 1, 5, 16, 9, 12, 32, 17, 25, 31, 20], None),
-    "shared memory": ([33, 64, 49, 110], None),
+    "shared memory": ([33, 64, 49, 110, 130], None),
     "global memory": ([150, 140, 192], 48 << 10),
 }
 
@@ -147,11 +148,15 @@ def as_kind(values: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Values in the type that a kind of rows has, and what they have become."""
     if kind == "bf16":
         bits = ptxsim.bf16(values.astype(np.float32))
-        return bits, ptxsim.from_bf16(bits).reshape(values.shape)
+        return bits, value_of(bits, kind)
     array = values.astype({"f64": np.float64, "f16": np.float16}.get(kind, np.float32))
     if kind == "tf32":  # numbers that TF32 holds
         array = (array.view(np.uint32) & 0xFFFFE000).view(np.float32)
     return array, array
+
+
+def value_of(stored: np.ndarray, kind: str) -> np.ndarray:
+    return ptxsim.from_bf16(stored).reshape(stored.shape) if kind == "bf16" else stored
 
 
 ROW_KINDS = {"f32": F32, "f64": F64, "f16": F16, "bf16": BF16, "tf32": F32}
@@ -249,28 +254,31 @@ def test_factor_update(device: PtxDevice, side: int, kind: str) -> None:
         assert close(traces[i], np.trace(got), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kind", ["f32", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("f64", "f16", "bf16"))]
+)
 @pytest.mark.parametrize(
     "shapes", [[(17, 32), (3, 5)], [(65, 70), (68, 65), (3, 45)], [(513, 515)]], ids=["32", "64", "128"]
 )
-def test_precondition(device: PtxDevice, shapes: list[tuple[int, int]], dtype: type) -> None:
-    if shapes[0][0] > 512 and dtype == np.float64:
+def test_precondition(device: PtxDevice, shapes: list[tuple[int, int]], kind: str) -> None:
+    if shapes[0][0] > 512 and kind == "f64":
         pytest.skip("double precision uses tiles of 64")
     rng = np.random.default_rng(0)
+    dtype = np.float64 if kind == "f64" else np.float32
     rows, columns = [r for r, _ in shapes], [c for _, c in shapes]
     g_plan, a_plan = _C.Plan(rows), _C.Plan(columns)
     g, a = np.full(g_plan.numel, np.nan, dtype), np.full(a_plan.numel, np.nan, dtype)
     for block in (*blocks_of(g, g_plan, rows), *blocks_of(a, a_plan, columns)):
         values = rng.standard_normal(block.shape).astype(dtype)
         block[:] = values + values.T
-    weights = [rng.standard_normal((r, c - 1)).astype(dtype) for r, c in shapes]
-    biases = [rng.standard_normal(r).astype(dtype) for r in rows]
-    whole = [np.hstack([v, b[:, None]]).astype(np.float64) for v, b in zip(weights, biases, strict=True)]
+    weights, v_weights = zip(*(as_kind(rng.standard_normal((r, c - 1)), kind) for r, c in shapes), strict=True)
+    biases, v_biases = zip(*(as_kind(rng.standard_normal(r), kind) for r in rows), strict=True)
+    whole = [np.hstack([v, b[:, None]]).astype(np.float64) for v, b in zip(v_weights, v_biases, strict=True)]
     expected = [
         gi.astype(np.float64) @ v @ ai
         for gi, v, ai in zip(blocks_of(g, g_plan, rows), whole, blocks_of(a, a_plan, columns), strict=True)
     ]
-    code = code_of(dtype)
+    code = ROW_KINDS[kind]
     dot = np.zeros(len(shapes), dtype)
     matrices = _C.TensorViews([(device.put(v, "V"), code, 1 << 32, v.shape, (v.shape[1], 1)) for v in weights])
     vectors = _C.TensorViews([(device.put(b, "bias"), code, 1 << 32, b.shape, (1,)) for b in biases])
@@ -280,10 +288,12 @@ def test_precondition(device: PtxDevice, shapes: list[tuple[int, int]], dtype: t
     device.run(
         "precondition",
         lambda table, call: table.precondition(
-            call, g_plan, a_plan, code, *inverses, matrices, vectors, matrices, vectors, index, out
+            call, g_plan, a_plan, code_of(dtype), *inverses, matrices, vectors, matrices, vectors, index, out
         ),
         SEED,
     )
+    rounding = {"f16": 20, "bf16": 150}.get(kind, 1)  # half of a last place of 11 or 8 bits
     for i, u in enumerate(expected):
-        assert close(np.hstack([weights[i], biases[i][:, None]]), u, dtype)
+        got = np.hstack([value_of(weights[i], kind), value_of(biases[i], kind)[:, None]])
+        assert close(got, u, dtype, rounding)
         assert close(dot[i], (whole[i] * u).sum(), dtype, factor=50)
