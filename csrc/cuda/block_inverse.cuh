@@ -56,7 +56,8 @@ __device__ void store_inverse(const Tiles& matrix, unsigned n,
     const T* const mirrored = matrix.tiles + Tiles::place(c, r);
     T* const to = out + static_cast<int64_t>(row) * n;
     for (unsigned column = lane; column < n; column += kWarpSize) {
-      to[column] = -(column > row ? mirrored : own)[lower_index(i, column / kPanel) * Tiles::kStride];
+      const T* const from = column > row ? mirrored : own;
+      to[column] = -from[lower_index(i, column / kPanel) * Tiles::kStride];
     }
   }
 }
