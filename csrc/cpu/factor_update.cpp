@@ -6,6 +6,7 @@
 #include "matrix_tiles.h"
 #include "pack.h"
 #include "shifted_gram.h"
+#include "shifted_tiles.h"
 #include "support.h"
 #include "symmetric_update.h"
 #include "transpose.h"
@@ -26,7 +27,7 @@ constexpr int64_t kFoldRows = 32;
 
 struct Shape {
   int64_t m, n;
-  bool shifted;  // a convolution that needs no patches (shifted_gram.h)
+  bool shifted;  // a convolution that needs no patches (shifted_gram.h, shifted_tiles.h)
   bool tiles;    // for the matrix instructions (matrix_tiles.h)
 
   int64_t segments() const {
@@ -42,7 +43,7 @@ struct Shape {
 
 // Rows packed at a time: a panel of this depth and a tile's rows fit the first-level cache.
 template <typename T>
-constexpr int64_t kChunkRows = sizeof(T) == 4 ? 192 : 96;
+constexpr int64_t kChunkRows = sizeof(T) == 4 ? kMaxCopiedRows : kMaxCopiedRows / 2;
 
 template <typename T>
 struct Scratch {
@@ -51,6 +52,7 @@ struct Scratch {
   T* root_weights = nullptr;  // [kChunkRows]
   ShiftedScratch<T> shifted;
   T* cells = nullptr;  // of shifted_gram.h
+  ShiftedTileScratch shifted_tiles;
   TileScratch tiles;
 };
 
@@ -181,6 +183,18 @@ Ahead memory_of(const FactorUpdate& op, int block) {
   return ahead;
 }
 
+// sum <- X^T X of a convolution that needs no patches; `scratch` of every thread.
+template <typename T>
+void shifted_sum(const Rows& rows, int threads, const Scratch<T>* scratch, T* sum, Padded<T> padded) {
+  if constexpr (kHasMatrixTiles<T>) {
+    if (shifted_tiles_apply<T>(rows)) {
+      const auto scratch_of = [&](int thread) -> const ShiftedTileScratch& { return scratch[thread].shifted_tiles; };
+      return shifted_gram_by_tiles(rows, threads, scratch_of, scratch[0].shifted.blocks, sum, padded);
+    }
+  }
+  shifted_gram(rows, threads, scratch[0].shifted, [&](int thread) { return scratch[thread].cells; }, sum, padded);
+}
+
 template <typename T>
 void update_block(const FactorUpdate& op, int block, int next, const Scratch<T>& scratch) {
   const Rows& rows = op.rows[block];
@@ -194,7 +208,7 @@ void update_block(const FactorUpdate& op, int block, int next, const Scratch<T>&
   const Shape shape = shape_of<T>(op, block);
   const Padded<T> padded{shape.n};
   if (shape.shifted) {
-    shifted_gram(rows, 1, scratch.shifted, [&](int) { return scratch.cells; }, scratch.sum, padded);
+    shifted_sum(rows, 1, &scratch, scratch.sum, padded);
     return finish(op, block, scratch.sum, 1);
   }
   const int64_t step = shape.segment_rows();
@@ -214,7 +228,7 @@ void update_block_by_team(const FactorUpdate& op, int block, int threads, const 
   const Padded<T> padded{shape.n};
   T* sum = scratch[0].sum;
   if (shape.shifted) {
-    shifted_gram(rows, threads, scratch[0].shifted, [&](int thread) { return scratch[thread].cells; }, sum, padded);
+    shifted_sum(rows, threads, scratch, sum, padded);
   } else if (shape.segments() == 1) {
     gram_by_team(rows, threads, padded, scratch, sum);
   } else {
@@ -233,36 +247,44 @@ void update_block_by_team(const FactorUpdate& op, int block, int threads, const 
 template <typename T>
 void lay_out(const FactorUpdate& op, int threads, Arena& arena, Scratch<T>* scratch) {
   struct Sizes {
-    int64_t sum = 0, panels = 0, tiles = 0, packed = 0, blocks = 0;
+    int64_t sum = 0, panels = 0, tiles = 0, packed = 0, blocks = 0, ring = 0, copy = 0, line = 0, cells = 0;
 
     void include(const Sizes& other) {
       sum = max(sum, other.sum), panels = max(panels, other.panels), tiles = max(tiles, other.tiles);
       packed = max(packed, other.packed), blocks = max(blocks, other.blocks);
+      ring = max(ring, other.ring), copy = max(copy, other.copy), line = max(line, other.line),
+      cells = max(cells, other.cells);
     }
   };
   Sizes own, first;
-  int64_t cells = 0;
   for (int block = 0; block < op.plan.count(); ++block) {
     const Shape shape = shape_of<T>(op, block);
     const bool team = shape.for_team(threads);
     Sizes sizes;
     sizes.sum = shape.sum_numel<T>();
-    if (shape.shifted) {
-      const ShiftedGram<T> gram{*op.rows[block].conv, op.rows[block].bias};
+    Sizes each;
+    if (shape.shifted && shifted_tiles_apply<T>(op.rows[block])) {
+      const ShiftedTiles gram = ShiftedTiles::of(op.rows[block]);
+      sizes.blocks = gram.sums_numel();
+      each.ring = gram.ring_words(), each.copy = kCopyNumel;
+      each.line = gram.line_words(), each.cells = gram.cells_numel();
+    } else if (shape.shifted) {
+      const ShiftedGram<T> gram{{*op.rows[block].conv, op.rows[block].bias}};
       sizes.packed = gram.packed_numel(), sizes.blocks = gram.blocks_numel();
-      cells = max(cells, gram.cells_numel());
+      each.cells = gram.cells_numel();
     } else {
       if (shape.tiles) {
-        sizes.tiles = TileScratch::words(shape.n, split_parts(op.rows[block]));
-        own.include({0, 0, sizes.tiles, 0, 0});
+        sizes.tiles = each.tiles = TileScratch::words(shape.n, split_parts(op.rows[block]));
       } else {
         sizes.panels = Padded<T>{shape.n}.panels() * kPanel<T> * kChunkRows<T>;
       }
       if (shape.segments() > 1) {
-        own.include({0, sizes.panels, sizes.tiles, 0, 0});
+        each.panels = sizes.panels;
+        each.tiles = sizes.tiles;
         sizes.sum *= team ? shape.segments() : 2;
       }
     }
+    own.include(each);
     (team ? first : own).include(sizes);
   }
   first.include(own);
@@ -274,7 +296,11 @@ void lay_out(const FactorUpdate& op, int threads, Arena& arena, Scratch<T>* scra
     mine.root_weights = arena.take<T>(kChunkRows<T>);
     mine.shifted.packed = arena.take<T>(sizes.packed);
     mine.shifted.blocks = arena.take<T>(sizes.blocks);
-    mine.cells = arena.take<T>(cells);
+    mine.cells = arena.take<T>(sizes.cells);
+    mine.shifted_tiles.ring = arena.take<int32_t>(sizes.ring);
+    mine.shifted_tiles.copy = arena.take<float>(sizes.copy);
+    mine.shifted_tiles.line = arena.take<int32_t>(sizes.line);
+    mine.shifted_tiles.cells = reinterpret_cast<float*>(mine.cells);
     mine.tiles = TileScratch::take(arena, sizes.tiles);
     if (scratch != nullptr) scratch[thread] = mine;
   }

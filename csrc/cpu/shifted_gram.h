@@ -1,96 +1,34 @@
-// X^T X of a stride-1 convolution without forming its patches.
-//
-// With x padded once, block (a, b) of X^T X, a and b kernel offsets, is the sum over the output window W_a of
-// x(q) x(q + (b - a) dilation)^T: blocks of the same shift b - a sum the same products over windows that differ only at
-// the border. Each axis is cut where some window begins or ends. For every shift the products of each cell of that grid
-// are summed once, and a block is the sum of its window's cells. A 3 x 3 kernel takes 13 products of [channels, q]
-// matrices over the image, where the patches take 45. Nothing is subtracted, so nothing cancels.
+// X^T X of a stride-1 convolution (shifted_shape.h) with vector instructions: a few images at a time are padded and
+// packed channel by channel, and each shift's products are register tiles of that packing and itself.
 #pragma once
 
 #include "conv_rows.h"
 #include "microkernel.h"
+#include "shifted_shape.h"
 #include "support.h"
 #include "symmetric_update.h"
 
 namespace kfac_fast::cpu::KFAC_FAST_ISA {
 
-constexpr int64_t kMaxShiftedKernel = 7;                   // per axis
-constexpr int64_t kMaxShiftedCells = 13 * 13;              // 2 k - 1 per axis
-constexpr int64_t kMaxShiftedOffsets = 49;                 // of the kernel
 constexpr int64_t kLinesPositions = 128;                   // summed before the next rows of the tile
 constexpr int64_t kPackedImageBytes = int64_t{384} << 10;  // images of a chunk: about the second-level cache
 
-// Whether the formula holds and pays: windows that overlap in most of the image.
-inline bool shifted_gram_applies(const Rows& rows) {
-  if (rows.conv == nullptr || rows.weights != nullptr) return false;
-  const Conv& conv = *rows.conv;
-  int64_t cells = 1, offsets = 1;
-  for (int axis = 0; axis < 3; ++axis) {
-    const int64_t border = (conv.kernel[axis] - 1) * conv.dilation[axis];
-    if (conv.kernel[axis] == 1) {
-      if (conv.stride[axis] != 1) return false;
-      continue;
-    }
-    if (conv.stride[axis] != 1 || conv.kernel[axis] > kMaxShiftedKernel || conv.out[axis] < 4 * border) return false;
-    cells *= 2 * conv.kernel[axis] - 1;
-    offsets *= conv.kernel[axis];
-  }
-  return offsets > 1 && offsets <= kMaxShiftedOffsets && cells <= kMaxShiftedCells && conv.batch > 0;
-}
-
 template <typename T>
-struct ShiftedGram {
-  const Conv& conv;
-  bool bias;
-
-  int64_t channels() const { return conv.channels + (bias ? 1 : 0); }  // with a channel of ones
+struct ShiftedGram : ShiftedShape {
   int64_t panels() const { return ceil_div(channels(), kPanel<T>); }
-  int64_t padded(int axis) const { return conv.out[axis] + (conv.kernel[axis] - 1) * conv.dilation[axis]; }
-  int64_t positions() const { return padded(0) * padded(1) * padded(2); }
-  int64_t offsets() const { return conv.kernel[0] * conv.kernel[1] * conv.kernel[2]; }
-  int64_t shifts() const { return (span(0) * span(1) * span(2) + 1) / 2; }
-  int64_t span(int axis) const { return 2 * conv.kernel[axis] - 1; }  // shifts of one axis, and cells
   int64_t block_numel() const { return panels() * panels() * kPanel<T> * kPanel<T>; }
   int64_t images() const {
     const int64_t bytes = positions() * panels() * kPanel<T> * static_cast<int64_t>(sizeof(T));
     return max(1, min(conv.batch, kPackedImageBytes / bytes));
   }
-  // Pairs of offsets (a, b) with b - a at or after 0 in lexicographic order, one block of sums each.
-  int64_t pairs() const { return offsets() * (offsets() + 1) / 2; }
 
   int64_t packed_numel() const { return images() * positions() * panels() * kPanel<T>; }
   int64_t cells_numel() const { return span(0) * span(1) * span(2) * kPanel<T> * kPanel<T>; }
   int64_t blocks_numel() const { return pairs() * block_numel(); }
   int64_t tasks() const { return shifts() * panels() * panels(); }
 
-  struct Range {
-    int64_t begin, end;
-  };
-
-  // Cell `index` of an axis: kernel - 1 pieces where windows begin, the core, kernel - 1 pieces where they end.
-  Range cell(int axis, int64_t index) const {
-    const int64_t k = conv.kernel[axis], step = conv.dilation[axis];
-    if (index < k - 1) return {index * step, (index + 1) * step};
-    if (index == k - 1) return {index * step, conv.out[axis]};
-    return {conv.out[axis] + (index - k) * step, conv.out[axis] + (index - k + 1) * step};
-  }
-
-  // Offsets a for which both a and a + d lie in the kernel.
-  Range first_offsets(int axis, int64_t d) const { return {max(0, -d), min(conv.kernel[axis], conv.kernel[axis] - d)}; }
-
-  // Shift number `index`, in lexicographic order from 0 on.
-  void shift(int64_t index, int64_t (&d)[3]) const {
-    int64_t rest = index + shifts() - 1;
-    for (int axis = 2; axis >= 0; --axis) {
-      d[axis] = rest % span(axis) - (conv.kernel[axis] - 1);
-      rest /= span(axis);
-    }
-  }
-
-  int64_t offset_number(const int64_t (&a)[3]) const { return (a[0] * conv.kernel[1] + a[1]) * conv.kernel[2] + a[2]; }
-
   // Place of the block of sums of offsets a <= b.
-  T* block(T* blocks, int64_t a, int64_t b) const { return blocks + (b * (b + 1) / 2 + a) * block_numel(); }
+  T* block(T* blocks, int64_t a, int64_t b) const { return blocks + pair_number(a, b) * block_numel(); }
 
   void pack_line(const Rows& rows, int64_t image, int64_t z, int64_t y, int64_t panel, T* out) const;
   void pack(const Rows& rows, int64_t first, int64_t count, T* packed, int threads) const;
@@ -104,7 +42,6 @@ struct ShiftedGram {
   void sum_cell(const Tile& tile, Range z, Range y, Range x, T* out) const;
   void sum_cell(const Tile& tile, Range z, Range y, Range x, T* out) const;
   void add_tile(int64_t task, int64_t images_packed, bool fresh, const T* packed, T* cells, T* blocks) const;
-  void scatter(const T* blocks, int64_t a, int64_t b, T* sum, int64_t ld) const;
 };
 
 // Line (z, y) of one image's padded input, channels of one panel: [padded(2), kPanel].
@@ -116,18 +53,26 @@ inline void ShiftedGram<T>::pack_line(const Rows& rows, int64_t image, int64_t z
   const int64_t source_y = padded_index(y - conv.pad[1], conv.size[1], conv.mode);
   with_element(rows.dtype, [&](auto element) {
     using Source = decltype(element);
-    for (int64_t c = 0; c < kPanel<T>; ++c) {
-      const int64_t channel = panel * kPanel<T> + c;
-      if (channel >= conv.channels) {
-        for (int64_t x = 0; x < width; ++x) out[x * kPanel<T> + c] = T(channel == conv.channels && bias);
-        continue;
+    alignas(64) T copy[kLanes<T> * kCopiedStride<T>];
+    for (int64_t c = 0; c < kPanel<T> && panel * kPanel<T> + c < channels(); c += kLanes<T>) {
+      for (int64_t x = 0; x < width; x += kMaxCopiedRows) {
+        const int64_t count = min(kMaxCopiedRows, width - x);
+        for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+          const int64_t channel = panel * kPanel<T> + c + lane;
+          T* const to = copy + lane * kCopiedStride<T>;
+          if (channel >= conv.channels) {
+            for (int64_t i = 0; i < count; ++i) to[i] = T(channel == conv.channels && bias);
+            continue;
+          }
+          const Source* line = nullptr;
+          if (source_z >= 0 && source_y >= 0) {
+            line = static_cast<const Source*>(rows.data) + image * conv.batch_stride + channel * conv.channel_stride +
+                   source_z * conv.spatial_stride[0] + source_y * conv.spatial_stride[1];
+          }
+          copy_line(conv, line, {x, x + count}, -conv.pad[2], outputs_inside(conv, -conv.pad[2]), to);
+        }
+        transpose_to_panel(copy, count, out + x * kPanel<T> + c);
       }
-      const Source* line = nullptr;
-      if (source_z >= 0 && source_y >= 0) {
-        line = static_cast<const Source*>(rows.data) + image * conv.batch_stride + channel * conv.channel_stride +
-               source_z * conv.spatial_stride[0] + source_y * conv.spatial_stride[1];
-      }
-      gather_line(conv, line, 0, width, -conv.pad[2], out + c);
     }
   });
 }
@@ -246,26 +191,6 @@ inline void ShiftedGram<T>::add_tile(int64_t task, int64_t images_packed, bool f
   }
 }
 
-// Block (a, b), a <= b, to the lower triangle of X^T X, whose columns are (channel, offset) and then the bias.
-template <typename T>
-inline void ShiftedGram<T>::scatter(const T* blocks, int64_t a, int64_t b, T* sum, int64_t ld) const {
-  const T* tiles = block(const_cast<T*>(blocks), a, b);
-  const auto at = [&](int64_t c, int64_t e) {
-    const int64_t tile = c / kPanel<T> * panels() + e / kPanel<T>;
-    return tiles[(tile * kPanel<T> + c % kPanel<T>)*kPanel<T> + e % kPanel<T>];
-  };
-  for (int64_t c = 0; c < conv.channels; ++c) {
-    for (int64_t e = 0; e < conv.channels; ++e) {
-      const int64_t i = c * offsets() + a, j = e * offsets() + b;
-      sum[max(i, j) * ld + min(i, j)] = at(c, e);
-    }
-  }
-  if (!bias || a != b) return;
-  const int64_t last = conv.channels * offsets();
-  for (int64_t e = 0; e < conv.channels; ++e) sum[last * ld + e * offsets() + b] = at(conv.channels, e);
-  if (b == 0) sum[last * ld + last] = at(conv.channels, conv.channels);  // the same in every window
-}
-
 // The working memory of one such update.
 template <typename T>
 struct ShiftedScratch {
@@ -278,7 +203,7 @@ struct ShiftedScratch {
 template <typename T, typename Cells>
 inline void shifted_gram(const Rows& rows, int threads, const ShiftedScratch<T>& s, Cells&& cells_of, T* sum,
                          Padded<T> shape) {
-  const ShiftedGram<T> gram{*rows.conv, rows.bias};
+  const ShiftedGram<T> gram{{*rows.conv, rows.bias}};
   for (int64_t first = 0; first < rows.conv->batch; first += gram.images()) {
     const int64_t count = min(gram.images(), rows.conv->batch - first);
     gram.pack(rows, first, count, s.packed, threads);
@@ -286,12 +211,14 @@ inline void shifted_gram(const Rows& rows, int threads, const ShiftedScratch<T>&
       gram.add_tile(task, count, first == 0, s.packed, cells_of(thread), s.blocks);
     });
   }
-  parallel_for(threads, gram.offsets(), [&](int64_t b, int) {
-    for (int64_t a = 0; a <= b; ++a) gram.scatter(s.blocks, a, b, sum, shape.ld());
+  constexpr int64_t kSide = kPanel<T>;
+  parallel_for(threads, gram.channels(), [&](int64_t channel, int) {
+    gram.write_rows(channel, sum, shape.ld(), [&](int64_t a, int64_t b, int64_t c, int64_t e) {
+      const int64_t tile = c / kSide * gram.panels() + e / kSide;
+      return gram.block(s.blocks, a, b)[(tile * kSide + c % kSide) * kSide + e % kSide];
+    });
   });
-  for (int64_t i = 0; i < shape.n; ++i) {
-    for (int64_t j = i + 1; j % kLanes<T> != 0; ++j) sum[i * shape.ld() + j] = T(0);
-  }
+  clear_beyond_diagonal(sum, shape);
 }
 
 }  // namespace kfac_fast::cpu::KFAC_FAST_ISA

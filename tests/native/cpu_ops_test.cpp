@@ -137,6 +137,57 @@ void test_conv(Tally& tally, const OpTable& table, const Options& options) {
   check_factor_update<T>(tally, table, cases, "large conv", options.threads, false);
 }
 
+// Batches large enough for groups of images, most windows overlapping.
+template <typename T>
+void test_image_groups(Tally& tally, const OpTable& table, const Options& options) {
+  Random random(12);
+  const PaddingMode modes[] = {PaddingMode::zeros, PaddingMode::reflect, PaddingMode::replicate, PaddingMode::circular};
+  const auto images = [&](PaddingMode mode, int64_t batch, int64_t channels, const int64_t (&kernel)[2], int64_t step,
+                          int64_t more) {
+    Conv conv;
+    conv.mode = mode, conv.batch = batch, conv.channels = channels;
+    for (int axis = 1; axis < 3; ++axis) {
+      conv.kernel[axis] = kernel[axis - 1], conv.dilation[axis] = conv.kernel[axis] > 1 ? step : 1;
+      const int64_t reach = (conv.kernel[axis] - 1) * conv.dilation[axis];
+      conv.pad[axis] = random.between(0, 2);
+      conv.size[axis] = 5 * reach + 1 + random.between(0, 2) + (axis == 2 ? more : 0);
+    }
+    return with_output(conv);
+  };
+  for (const DType element : kElements) {
+    if (element == DType::f64 && sizeof(T) == 4) continue;
+    std::vector<RowsCase> cases;
+    for (int trial = 0; trial < (options.exhaustive ? 80 : 8); ++trial) {
+      const int64_t channels[] = {16, 3, 32, 17, 5, 20, 1, 33};
+      const Conv conv = images(modes[trial % 4], random.between(8, trial % 2 == 0 ? 12 : 70), channels[trial % 8],
+                               {trial % 4 == 3 ? 1 : 2, 1 + trial % 3}, 1 + trial % 5 / 4, 0);
+      if (conv.kernel[1] * conv.kernel[2] == 1) continue;
+      cases.push_back(conv_rows(element, conv, trial % 3 == 0, trial % 5 == 1, random));
+    }
+    const bool few = !options.exhaustive && element != DType::f32;
+    // Several blocks of channels, the last of ones alone; strips of a long line; bands of lines; a large kernel.
+    if (!few) cases.push_back(conv_rows(element, images(PaddingMode::zeros, 9, 80, {1, 2}, 1, 3), true, false, random));
+    if (!few) cases.push_back(conv_rows(element, images(PaddingMode::zeros, 8, 64, {1, 2}, 1, 0), true, true, random));
+    cases.push_back(conv_rows(element, images(PaddingMode::zeros, 35, 4, {1, 3}, 2, 130), false, false, random));
+    cases.push_back(conv_rows(element, images(PaddingMode::replicate, 8, 2, {3, 3}, 4, 0), true, false, random));
+    if (!few) cases.push_back(conv_rows(element, images(PaddingMode::zeros, 8, 2, {5, 5}, 1, 0), false, false, random));
+    if (!few) cases.push_back(conv_rows(element, images(PaddingMode::zeros, 8, 2, {1, 7}, 30, 0), true, true, random));
+    check_factor_update<T>(tally, table, cases, "groups of images " + std::to_string(static_cast<int>(element)),
+                           options.threads, false);
+  }
+  for (const double poison : {static_cast<double>(NAN), static_cast<double>(INFINITY), 1e25}) {
+    std::vector<RowsCase> cases;
+    cases.push_back(conv_rows(DType::f32, images(PaddingMode::zeros, 33, 18, {3, 3}, 1, 0), true, false, random));
+    RowsCase& given = cases.back();
+    given.data->set(0, NAN);  // the other group's
+    const int64_t image = 32 * given.conv.batch_stride, channel = given.conv.channels + 1;
+    given.data->set(image + channel * given.conv.channel_stride + given.conv.size[2] + 1, poison);
+    given.values.clear();
+    add_conv_values(given);
+    check_factor_update<T>(tally, table, cases, "groups of images, nonfinite", options.threads, false, poison);
+  }
+}
+
 template <typename T>
 void test_precondition(Tally& tally, const OpTable& table, const Options& options) {
   const std::vector<Layer> small = {{1, 1, false},    {1, 1, true},    {1, 9, true},    {8, 8, false},
@@ -245,6 +296,7 @@ void test_all(Tally& tally, const OpTable& table, const Options& options) {
   test_rows<T>(tally, table, options);
   test_nonfinite<T>(tally, table, options);
   test_conv<T>(tally, table, options);
+  test_image_groups<T>(tally, table, options);
   test_precondition<T>(tally, table, options);
   check_commit<T>(tally, table, {3, 0, 1, 200, 17, 64}, options.threads);
   check_commit<T>(tally, table, {}, options.threads);

@@ -60,6 +60,30 @@ inline int64_t reference_index(int64_t i, int64_t size, PaddingMode mode) {
   return i;
 }
 
+// The patches of a case whose rows, convolution and data are there.
+inline void add_conv_values(RowsCase& given) {
+  const Conv& conv = given.conv;
+  const int64_t base = conv.channels * conv.channel_stride;
+  for (int64_t r = 0; r < given.rows.m; ++r) {
+    for (int64_t c = 0; c < given.rows.d; ++c) {
+      int64_t row = r, column = c, place = base;
+      bool padded = false;
+      for (int axis = 2; axis >= 0; --axis) {
+        const int64_t i = reference_index(row % conv.out[axis] * conv.stride[axis] - conv.pad[axis] +
+                                              column % conv.kernel[axis] * conv.dilation[axis],
+                                          conv.size[axis], conv.mode);
+        padded = padded || i < 0;
+        place += i * conv.spatial_stride[axis];
+        row /= conv.out[axis];
+        column /= conv.kernel[axis];
+      }
+      place += row * conv.batch_stride + column * conv.channel_stride;
+      given.values.push_back(padded ? 0.0 : given.data->get(place));
+    }
+    if (given.rows.bias) given.values.push_back(1.0);
+  }
+}
+
 inline RowsCase conv_rows(DType dtype, Conv conv, bool bias, bool channels_last, Random& random) {
   RowsCase out;
   const int64_t groups = 2;  // the block is the second group of the input's channels
@@ -79,24 +103,7 @@ inline RowsCase conv_rows(DType dtype, Conv conv, bool bias, bool channels_last,
   out.rows.d = conv.channels * conv.kernel[0] * conv.kernel[1] * conv.kernel[2];
   out.rows.bias = bias;
   out.conv = conv;
-  for (int64_t r = 0; r < out.rows.m; ++r) {
-    for (int64_t c = 0; c < out.rows.d; ++c) {
-      int64_t row = r, column = c, place = base;
-      bool padded = false;
-      for (int axis = 2; axis >= 0; --axis) {
-        const int64_t i = reference_index(row % conv.out[axis] * conv.stride[axis] - conv.pad[axis] +
-                                              column % conv.kernel[axis] * conv.dilation[axis],
-                                          conv.size[axis], conv.mode);
-        padded = padded || i < 0;
-        place += i * conv.spatial_stride[axis];
-        row /= conv.out[axis];
-        column /= conv.kernel[axis];
-      }
-      place += row * conv.batch_stride + column * conv.channel_stride;
-      out.values.push_back(padded ? 0.0 : out.data->get(place));
-    }
-    if (bias) out.values.push_back(1.0);
-  }
+  add_conv_values(out);
   return out;
 }
 
