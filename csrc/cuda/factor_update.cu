@@ -111,12 +111,18 @@ struct Layout {
            (conv.channels | conv.batch_stride | strides[0] | strides[1] | strides[2]) % columns == 0;
   }
 
-  // Whether every row of an image begins and ends with a sector of memory.
-  static bool whole_sectors(const Rows& rows) {
+  // Pixels that rows are filled up to multiples of: a sector of memory, where all rows of the image begin with one; a
+  // row of the image, where one follows the other without a gap.
+  static int32_t run(const Rows& rows) {
     const Conv& conv = *rows.conv;
     const int64_t* const strides = conv.spatial_stride;
-    return strides[2] == 1 && reinterpret_cast<uintptr_t>(rows.data) % 32 == 0 &&
-           (conv.channel_stride | conv.batch_stride | strides[0] | strides[1]) % (32 / width(rows)) == 0;
+    const int64_t sector = 32 / width(rows);
+    if (strides[2] != 1) return 1;
+    if (reinterpret_cast<uintptr_t>(rows.data) % 32 == 0 &&
+        (conv.channel_stride | conv.batch_stride | strides[0] | strides[1]) % sector == 0) {
+      return static_cast<int32_t>(sector);
+    }
+    return strides[1] == conv.size[2] ? static_cast<int32_t>(conv.size[2]) : 1;
   }
 
   Layout(const FactorUpdate& op, const Context& memory, int device) : arena(memory) {
@@ -250,7 +256,7 @@ struct Layout {
         entry.chunks = shifted.chunks;
         entry.outer_chunks = shifted.outer_chunks;
         entry.along_k = conv.channel_stride != 1;
-        entry.run = whole_sectors(rows) ? static_cast<int32_t>(32 / width(rows)) : 1;
+        entry.run = run(rows);
         return;
       }
     }

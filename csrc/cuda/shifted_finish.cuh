@@ -10,10 +10,10 @@ namespace kfac_fast {
 // Channels of a CTA's piece of C, per side: the piece has at most 72 rows.
 __host__ __device__ inline int finish_channels(int offsets) { return offsets <= 9 ? 8 : offsets <= 18 ? 4 : 2; }
 
-// Shared memory of a CTA: for each pair of offsets the numbers of its products, by kind, -1 where there is none; and
-// the piece.
+// Shared memory of a CTA: for each pair of offsets where its products are, and the piece.
 struct OffsetPair {
-  int16_t a, b, numbers[4];
+  int8_t a, b, shift, bordered;
+  int16_t left, right;  // numbers of the strips, -1 where there is none
 };
 constexpr int kShiftedFinishSide = 72;
 template <typename T>
@@ -26,21 +26,20 @@ __device__ T shifted_sum(const RowsEntry& rows, const ShiftedShape& shape, const
                          const T* partials) {
   const int64_t numel = static_cast<int64_t>(rows.side) * rows.side;
   const int ti = i / rows.side, tj = j / rows.side;
-  partials += rows.partial + i % rows.side * rows.side + j % rows.side;
+  const T* const core = partials + rows.partial + i % rows.side * rows.side + j % rows.side;
+  const T* const outer = core + rows.chunks * shape.core_items() * numel;
   T sum = T(0);
-  int chunks = rows.chunks, per_chunk = shape.core_items();
-  for (const ShiftedKind kind : {ShiftedKind::core, ShiftedKind::border, ShiftedKind::left, ShiftedKind::right}) {
-    const int number = pair.numbers[static_cast<int>(kind)];
-    if (number >= 0) {
-      const T* const own = partials + shape.item(kind, number, ti, tj) * numel;
-      for (int chunk = 0; chunk < chunks; ++chunk) sum += own[chunk * per_chunk * numel];
-    }
-    if (kind == ShiftedKind::core) {
-      partials += chunks * per_chunk * numel;
-      chunks = rows.outer_chunks;
-      per_chunk = shape.outer_items();
-    }
-  }
+  const auto add = [&](const T* first, int chunks, int per_chunk, ShiftedKind kind, int number) {
+    first += shape.item(kind, number, ti, tj) * numel;
+    for (int chunk = 0; chunk < chunks; ++chunk) sum += first[chunk * per_chunk * numel];
+  };
+  add(core, rows.chunks, shape.core_items(), ShiftedKind::core, pair.shift);
+  const auto add_outer = [&](ShiftedKind kind, int number) {
+    add(outer, rows.outer_chunks, shape.outer_items(), kind, number);
+  };
+  if (pair.bordered != 0) add_outer(ShiftedKind::border, shape.border_number(pair.a, pair.b));
+  if (pair.left >= 0) add_outer(ShiftedKind::left, pair.left);
+  if (pair.right >= 0) add_outer(ShiftedKind::right, pair.right);
   return sum;
 }
 
@@ -75,11 +74,12 @@ __global__ void __launch_bounds__(kFinishThreads)
       return shape.strip_number(d, first, kind == ShiftedKind::right);
     };
     const bool bordered = ShiftedRegion(conv, d, from, ShiftedKind::border).pixels() > 0;
-    const int numbers[] = {shape.shift_number(d), bordered ? shape.border_number(a, b) : -1, strip(ShiftedKind::left),
-                           strip(ShiftedKind::right)};
-    pairs[p].a = static_cast<int16_t>(a);
-    pairs[p].b = static_cast<int16_t>(b);
-    for (int i = 0; i < 4; ++i) pairs[p].numbers[i] = static_cast<int16_t>(numbers[i]);
+    pairs[p] = {static_cast<int8_t>(a),
+                static_cast<int8_t>(b),
+                static_cast<int8_t>(shape.shift_number(d)),
+                static_cast<int8_t>(bordered),
+                static_cast<int16_t>(strip(ShiftedKind::left)),
+                static_cast<int16_t>(strip(ShiftedKind::right))};
   }
   __syncthreads();
 

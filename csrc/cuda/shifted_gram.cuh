@@ -67,11 +67,11 @@ struct ShiftedRegion {
     while (offset > least && bound(offset - 1) == bound(offset)) --offset;
     return offset;
   }
-  // Fills rows up with pixels that don't count, so that they begin and end where runs of `run` pixels in memory do: for
-  // at most a quarter more pixels, whole sectors are read.
+  // Fills rows up with pixels that don't count, so that they begin and end where runs of `run` pixels of the image do:
+  // for at most a quarter more pixels, whole sectors are read.
   __host__ __device__ void fill_up(const Conv& conv, int run) {
-    const int before = (first - static_cast<int>(conv.pad[2])) & (run - 1);
-    const int filled = (before + length + run - 1) & -run;
+    const int before = ((first - static_cast<int>(conv.pad[2])) % run + run) % run;
+    const int filled = (before + length + run - 1) / run * run;
     if (4 * filled > 5 * length) return;
     row = filled;
     lead = before;
