@@ -3,8 +3,8 @@
 // Convolutions of stride 1 go by shifted images (shifted_gram.cuh) where these take fewer products; for all others
 // the rows of a block are cut into chunks and its lower triangle into tiles, one CTA per (tile, chunk). Where there is
 // one chunk it updates C itself; else it writes a partial product to scratch memory and a second launch adds the chunks
-// in order, so that the result does not depend on which CTA ran first. How a block is cut depends on its own shape
-// only: its bits don't change with its company.
+// in order, so that the result does not depend on which CTA ran first. How a block is cut depends on its own shape,
+// strides and alignment only: its bits don't change with its company.
 #include <vector>
 
 #include "factor_mma.cuh"

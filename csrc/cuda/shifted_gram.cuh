@@ -212,7 +212,7 @@ inline ShiftedChunks shifted_chunks(const Rows& rows, int side, int64_t width, d
   ShiftedChunks result;
   if (rows.conv == nullptr || rows.weights != nullptr || rows.m == 0) return result;
   const Conv& conv = *rows.conv;
-  if (conv.stride[0] * conv.stride[1] * conv.stride[2] != 1) return result;
+  if (conv.channels == 0 || conv.stride[0] * conv.stride[1] * conv.stride[2] != 1) return result;
   const ShiftedShape shape(conv, rows.bias, side);
   if (shape.offsets == 1 || shape.offsets > kMaxShiftedOffsets) return result;
   int64_t pixels = 0, most = 0, outer = 0;  // of an image; of what is outside of cores, the most, and how many
@@ -246,12 +246,13 @@ inline ShiftedChunks shifted_chunks(const Rows& rows, int side, int64_t width, d
 
   // Partial products are written once and read once.
   const int64_t bytes = 2 * width * shape.channels * shape.channels;
-  const int64_t rest = traffic - bytes * outer;
-  if (rest < bytes * shape.shifts) return result;
-  const int64_t wanted =
-      std::min({ceil_div(kWantedItems, shape.core_items()), ceil_div(rows.m, kMinRows), rest / (bytes * shape.shifts)});
-  result.chunks = static_cast<int>(std::max(wanted, ceil_div(rows.m, kMaxRows)));
-  result.outer_chunks = static_cast<int>(std::max<int64_t>(ceil_div(most * conv.batch, kMaxRows), 1));
+  const int64_t outer_chunks = std::max<int64_t>(ceil_div(most * conv.batch, kMaxRows), 1);
+  const int64_t limit = (traffic - bytes * outer * outer_chunks) / (bytes * shape.shifts);
+  const int64_t least = ceil_div(rows.m, kMaxRows);
+  if (limit < least) return result;
+  const int64_t wanted = std::min(ceil_div(kWantedItems, shape.core_items()), ceil_div(rows.m, kMinRows));
+  result.chunks = static_cast<int>(std::max(std::min(wanted, limit), least));
+  result.outer_chunks = static_cast<int>(outer_chunks);
   return result;
 }
 
