@@ -22,13 +22,16 @@ constexpr int64_t kMaxSegmentedSize = 512;
 
 // A block of this many multiply-adds is worth the attention of all threads (about half a millisecond of one).
 constexpr int64_t kTeamWork = int64_t{1} << 25;
+// Fewer tasks than this, and than threads, leave too many of them idle: such a block is one thread's.
+constexpr int64_t kTeamTasks = 4;
 
 constexpr int64_t kFoldRows = 32;
 
 struct Shape {
   int64_t m, n;
-  bool shifted;  // a convolution that needs no patches (shifted_gram.h, shifted_tiles.h)
-  bool tiles;    // for the matrix instructions (matrix_tiles.h)
+  bool shifted;   // a convolution that needs no patches (shifted_gram.h, shifted_tiles.h)
+  bool tiles;     // for the matrix instructions (matrix_tiles.h)
+  int64_t tasks;  // that a team can share, if they are few
 
   int64_t segments() const {
     return n <= kMaxSegmentedSize && !shifted ? max(1, min(m / kSegmentRows, kMaxSegments)) : 1;
@@ -38,7 +41,9 @@ struct Shape {
     return tiles ? max(tile_sum_numel(n), Padded<T>{n}.numel()) : Padded<T>{n}.numel();
   }
   int64_t segment_rows() const { return ceil_div(m, segments()); }
-  bool for_team(int threads) const { return threads > 1 && m * n * n >= kTeamWork; }
+  bool for_team(int threads) const {
+    return threads > 1 && m * n * n >= kTeamWork && tasks >= min(threads, kTeamTasks);
+  }
 };
 
 // Rows packed at a time: a panel of this depth and a tile's rows fit the first-level cache.
@@ -51,7 +56,7 @@ struct Scratch {
   T* panels = nullptr;        // [panels, kChunkRows, kPanel]
   T* root_weights = nullptr;  // [kChunkRows]
   ShiftedScratch<T> shifted;
-  T* cells = nullptr;  // of shifted_gram.h
+  T* cells = nullptr;  // of shifted_gram.h and shifted_tiles.h
   ShiftedTileScratch shifted_tiles;
   TileScratch tiles;
 };
@@ -59,7 +64,8 @@ struct Scratch {
 template <typename T>
 Shape shape_of(const FactorUpdate& op, int block) {
   const Rows& rows = op.rows[block];
-  return {rows.m, op.plan.size(block), shifted_gram_applies(rows), matrix_tiles_apply<T>(rows)};
+  const int64_t tasks = shifted_tiles_apply<T>(rows) ? ShiftedTiles::of(rows).tasks() : kTeamTasks;
+  return {rows.m, op.plan.size(block), shifted_gram_applies(rows), matrix_tiles_apply<T>(rows), tasks};
 }
 
 // sum <- X^T X over rows [begin, end), by one thread.
@@ -243,7 +249,7 @@ void update_block_by_team(const FactorUpdate& op, int block, int threads, const 
 }
 
 // Lays out the scratch of every thread (only counting when `scratch` is null). A team shares thread 0's arrays, but
-// for those that every thread fills on its own: panels of segments, and cells.
+// for those that every thread fills on its own (`each`).
 template <typename T>
 void lay_out(const FactorUpdate& op, int threads, Arena& arena, Scratch<T>* scratch) {
   struct Sizes {
@@ -280,7 +286,6 @@ void lay_out(const FactorUpdate& op, int threads, Arena& arena, Scratch<T>* scra
       }
       if (shape.segments() > 1) {
         each.panels = sizes.panels;
-        each.tiles = sizes.tiles;
         sizes.sum *= team ? shape.segments() : 2;
       }
     }

@@ -1,5 +1,6 @@
 // Packing: rows of any element type and layout -> panels [panels, depth, kPanel] in the accumulate type, weighted,
-// with the bias column, zero-filled to whole panels. All conversions of a factor update happen here, once per element.
+// with the bias column, zero-filled to the end of its vector or tile. All conversions of a factor update happen here,
+// once per element.
 #pragma once
 
 #include "conv_rows.h"

@@ -195,7 +195,7 @@ inline void ShiftedGram<T>::add_tile(int64_t task, int64_t images_packed, bool f
 template <typename T>
 struct ShiftedScratch {
   T* packed = nullptr;  // [panels, images, positions, kPanel]
-  T* blocks = nullptr;  // [pairs, panels, panels, kPanel, kPanel]
+  T* blocks = nullptr;  // [pairs, panels, panels, kPanel, kPanel]; of shifted_tiles.h, sums of all segments
 };
 
 // sum <- X^T X (lower triangle, zeros after it) on up to `threads` threads; cells_of(thread) is that thread's

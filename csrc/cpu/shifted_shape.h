@@ -30,7 +30,8 @@ inline bool shifted_gram_applies(const Rows& rows) {
     cells *= 2 * conv.kernel[axis] - 1;
     offsets *= conv.kernel[axis];
   }
-  return offsets > 1 && offsets <= kMaxShiftedOffsets && cells <= kMaxShiftedCells && conv.batch > 0;
+  return offsets > 1 && offsets <= kMaxShiftedOffsets && cells <= kMaxShiftedCells && conv.batch > 0 &&
+         conv.channels > 0;
 }
 
 struct ShiftedShape {

@@ -1,6 +1,7 @@
 // X^T X of a stride-1 convolution (shifted_shape.h) with the matrix instructions. A group of up to 32 images is packed
-// once, a line at a time (pack_images.h); the products of a line with those up to kernel - 1 lines below it, at all
-// shifts along the row, are summed while all of them are in the second-level cache.
+// a few lines at a time (pack_images.h), once for each block of channels by channels; the products of a line with those
+// up to kernel - 1 lines below it, at all shifts along the row, are summed while all of them are in the second-level
+// cache.
 #pragma once
 
 #include "direct_product.h"

@@ -150,7 +150,8 @@ void test_image_groups(Tally& tally, const OpTable& table, const Options& option
       conv.kernel[axis] = kernel[axis - 1], conv.dilation[axis] = conv.kernel[axis] > 1 ? step : 1;
       const int64_t reach = (conv.kernel[axis] - 1) * conv.dilation[axis];
       conv.pad[axis] = random.between(0, 2);
-      conv.size[axis] = 5 * reach + 1 + random.between(0, 2) + (axis == 2 ? more : 0);
+      const int64_t least = reach == 0 ? conv.pad[axis] : 0;  // no more is reflected than there is
+      conv.size[axis] = 5 * reach + 1 + random.between(least, 2) + (axis == 2 ? more : 0);
     }
     return with_output(conv);
   };
@@ -165,17 +166,23 @@ void test_image_groups(Tally& tally, const OpTable& table, const Options& option
       cases.push_back(conv_rows(element, conv, trial % 3 == 0, trial % 5 == 1, random));
     }
     const bool few = !options.exhaustive && element != DType::f32;
-    // Several blocks of channels, the last of ones alone; strips of a long line; bands of lines; a large kernel.
+    // Several blocks of channels, the last of ones alone; strips of a long line; a large kernel; bands of lines that
+    // threads share.
     if (!few) cases.push_back(conv_rows(element, images(PaddingMode::zeros, 9, 80, {1, 2}, 1, 3), true, false, random));
     if (!few) cases.push_back(conv_rows(element, images(PaddingMode::zeros, 8, 64, {1, 2}, 1, 0), true, true, random));
     cases.push_back(conv_rows(element, images(PaddingMode::zeros, 35, 4, {1, 3}, 2, 130), false, false, random));
     cases.push_back(conv_rows(element, images(PaddingMode::replicate, 8, 2, {3, 3}, 4, 0), true, false, random));
     if (!few) cases.push_back(conv_rows(element, images(PaddingMode::zeros, 8, 2, {5, 5}, 1, 0), false, false, random));
     if (!few) cases.push_back(conv_rows(element, images(PaddingMode::zeros, 8, 2, {1, 7}, 30, 0), true, true, random));
+    if (!few) {
+      Conv conv = images(PaddingMode::zeros, 33, 33, {3, 3}, 1, 0);
+      conv.size[1] = 34;
+      cases.push_back(conv_rows(element, with_output(conv), true, false, random));
+    }
     check_factor_update<T>(tally, table, cases, "groups of images " + std::to_string(static_cast<int>(element)),
                            options.threads, false);
   }
-  for (const double poison : {static_cast<double>(NAN), static_cast<double>(INFINITY), 1e25}) {
+  for (const double poison : {0.0, static_cast<double>(NAN), static_cast<double>(INFINITY), 1e25}) {
     std::vector<RowsCase> cases;
     cases.push_back(conv_rows(DType::f32, images(PaddingMode::zeros, 33, 18, {3, 3}, 1, 0), true, false, random));
     RowsCase& given = cases.back();
