@@ -267,6 +267,12 @@ def test_convolution_rows_equal_patches(
         assert torch.equal(block, block.T)
 
 
+def test_images_without_channels_leave_the_bias(backend: str) -> None:
+    factors = BlockDiagonal.zeros([1])
+    ops.factor_update_(factors, [ConvRows(torch.ones(8, 0, 32, 32), 3, 1, 1)], 0.0, 1.0, bias=True)
+    assert factors[0].item() == 8 * 32 * 32
+
+
 def test_convolution_rows_are_what_the_convolution_sees() -> None:
     conv = torch.nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2, padding_mode="reflect").double()
     x = torch.randn(2, 4, 9, 10, dtype=torch.float64)
