@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from kfac_fast import KFAC, BlockDiagonal, ConvRows, ops
 
@@ -100,6 +101,32 @@ def test_factor_updates_of_convolutions(dtype: torch.dtype, memory_format: torch
     factor = BlockDiagonal.zeros([24 * 9], device=DEVICE)
     ops.factor_update_(factor, [ConvRows(images.to(DEVICE), 3, stride=2, padding=1)], 0.0, 1.0)
     assert error(factor[0], patches.T @ patches) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "shape", [(16, 32, 32, 32), (64, 128, 28, 28), (8, 17, 49, 57)], ids=["one tile", "several tiles", "odd rows"]
+)
+def test_factor_updates_of_shifted_images(
+    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype
+) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    images = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+    n = shape[1] * 9 + 1
+    expected = torch.zeros(n, n, dtype=torch.float64)
+    for part in images.double().split(8):  # all patches at once take gigabytes
+        patches = F.unfold(part, 3, padding=1).transpose(1, 2).reshape(-1, n - 1)
+        full = torch.cat([patches, torch.ones(len(patches), 1, dtype=torch.float64)], 1)
+        expected += full.T @ full
+    factor = BlockDiagonal.zeros([n], wide, DEVICE)
+    rows = [ConvRows(images.to(DEVICE), 3, padding=1)]
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        ops.factor_update_(factor, rows, 0.0, 1.0, bias=True)
+        torch.cuda.synchronize()
+    assert any("shifted" in event.name for event in recorded.events())
+    assert error(factor[0], expected) < (1e-5 if wide == torch.float32 else 1e-13)
+    assert torch.equal(factor[0], factor[0].T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
