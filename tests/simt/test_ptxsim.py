@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from check_resources import ARCHITECTURES
+from check_resources import ARCHITECTURES, SHARED_BYTES
 from launches import BF16, F16, F32, F64, TF32
 from ptx_device import PtxDevice, ptxsim
 
@@ -93,7 +93,7 @@ def test_damped_inverse(device: PtxDevice, size_class: str, dtype: type, seed: i
         lambda table, call: table.damped_inverse(call, plan, code_of(dtype), *pointers, False, True),
         seed,
     )
-    device.set_shared_memory(227 << 10)
+    device.set_shared_memory(SHARED_BYTES[device.arch])
     kind = {"registers": "warp", "shared memory": "block"}.get(size_class, "panel")
     assert any(kind in launch.kernel for launch in launches)
     assert info.tolist() == [int(i == failing) for i in range(len(sizes))]
