@@ -106,21 +106,24 @@ def test_factor_updates_of_convolutions(dtype: torch.dtype, memory_format: torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    "shape", [(16, 32, 32, 32), (64, 128, 28, 28), (8, 17, 49, 57)], ids=["one tile", "several tiles", "odd rows"]
+    ("shape", "kernel"),
+    [((32, 32, 32, 32), (3, 3)), ((64, 128, 28, 28), (1, 3)), ((8, 17, 49, 57), (3, 3))],
+    ids=["one tile", "several tiles", "odd rows"],
 )
 def test_factor_updates_of_shifted_images(
-    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype
+    shape: tuple[int, ...], kernel: tuple[int, int], memory_format: torch.memory_format, dtype: torch.dtype
 ) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     images = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
-    n = shape[1] * 9 + 1
+    n = shape[1] * kernel[0] * kernel[1] + 1
+    padding = kernel[0] // 2, kernel[1] // 2
     expected = torch.zeros(n, n, dtype=torch.float64)
     for part in images.double().split(8):  # all patches at once take gigabytes
-        patches = F.unfold(part, 3, padding=1).transpose(1, 2).reshape(-1, n - 1)
+        patches = F.unfold(part, kernel, padding=padding).transpose(1, 2).reshape(-1, n - 1)
         full = torch.cat([patches, torch.ones(len(patches), 1, dtype=torch.float64)], 1)
         expected += full.T @ full
     factor = BlockDiagonal.zeros([n], wide, DEVICE)
-    rows = [ConvRows(images.to(DEVICE), 3, padding=1)]
+    rows = [ConvRows(images.to(DEVICE), kernel, padding=padding)]
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         ops.factor_update_(factor, rows, 0.0, 1.0, bias=True)
         torch.cuda.synchronize()
