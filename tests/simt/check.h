@@ -92,5 +92,6 @@ inline double normal() {
 void test_shim();
 void test_damped_inverse();
 void test_factor_update();
+void test_shifted_images();
 void test_commit();
 void test_precondition();

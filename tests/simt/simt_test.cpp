@@ -148,6 +148,7 @@ int main() {
   test_shim();
   test_damped_inverse();
   test_factor_update();
+  test_shifted_images();
   test_commit();
   test_precondition();
   std::printf("%d passed, %d failed\n", check::passed, check::failed);
