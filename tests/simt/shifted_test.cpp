@@ -65,7 +65,7 @@ void test_shifted_images_of(const std::string& device, std::vector<DType> dtypes
       check::that(goes_by_shifted_images(blocks[b]) == blocks[b].weights.empty(),
                   what + ", block " + std::to_string(b) + ": its path");
     }
-    test_blocks<T>(what, std::move(blocks), kDType<T>, 3);
+    test_blocks<T>(what, std::move(blocks));
   }
 }
 
